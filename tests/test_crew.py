@@ -67,7 +67,7 @@ class _Crew(Crew):
 def test_an_actor_that_later_rounds_need_is_asked_for_and_stays_while_it_starts() -> None:
     crew = _Crew(num_up=1, pack_s=1.0)  # the other was lost
     crew.ask(2, keep=math.inf)
-    assert crew.size == 1  # two seconds of work, and nothing after them
+    assert len(crew.slots) == 1  # two seconds of work, and nothing after them
     crew.ask(2, keep=math.inf, num_later=10)
     assert (len(crew.idle), len(crew.unplaced)) == (1, 1)
     crew.ask(0, keep=math.inf, num_later=10)  # the round ends first

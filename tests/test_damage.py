@@ -4,7 +4,6 @@ The short form of tests/chaos/storage_faults.py, which damages a whole run's fil
 """
 
 import json
-import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,6 @@ from raysubset.run_directory import (
 from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.subset_actors.actor import _Damages
 from tests.test_report import minimum
-from tests.tiny import asking
 
 MINIMUM, JOB = minimum_folder(0, 1), "fine_tuning/ray_train"
 WORKS = [Work("subsets", 0, subset, 0, "node", "cpu", started_at=1.0 + subset, outcome="done") for subset in (0, 1)]
@@ -119,26 +117,9 @@ def test_a_damaged_file_is_read_as_it_was_written_or_named(run: RunDirectory, pa
     assert read(run) == written
 
 
-def test_what_an_actor_finds_damaged_is_in_its_next_report_once(run: RunDirectory) -> None:
+def test_what_an_actor_finds_damaged_is_kept_for_its_answer(run: RunDirectory) -> None:
     damages = _Damages()
     run.write_bytes(checkpoint_path(MINIMUM, 1), b"")
     assert checkpoint_of(run)[0] == 0
-    (text,) = damages.taken()
+    (text,) = damages.texts
     assert text.startswith(f"{checkpoint_path(MINIMUM, 1)} in {run.uri} cannot be read: ")
-    assert damages.taken() == []
-
-
-def test_what_is_found_damaged_as_another_thread_takes_what_was_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    damages, logger, told = _Damages(), logging.getLogger(RunDirectory.__module__), list[str]()
-    texts = [f"file {number}" for number in range(3000)]
-
-    def take() -> None:
-        told.extend(list(damages.taken()))  # as it is then: an actor pickles it
-
-    monkeypatch.setattr(logger, "propagate", False)
-    with asking(take):
-        for text in texts:
-            logger.warning(text)
-            told.extend(list(damages.taken()))
-    logger.removeHandler(damages)
-    assert sorted([*told, *damages.taken()]) == sorted(texts)

@@ -181,31 +181,6 @@ def resume_at_the_bits(
     return weights(unbroken), states[0]
 
 
-@contextmanager
-def asking(question: Callable[[], object]) -> Iterator[None]:
-    """Have a second thread ask all the time, which takes turns with this one as often as it can."""
-    errors: list[BaseException] = []
-    has_ended = threading.Event()
-
-    def ask() -> None:
-        try:
-            while not has_ended.is_set():
-                question()
-        except BaseException as error:
-            errors.append(error)
-
-    asker, interval = threading.Thread(target=ask), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        asker.start()
-        yield
-    finally:
-        has_ended.set()
-        asker.join()
-        sys.setswitchinterval(interval)
-    assert not errors, errors
-
-
 def losses_between_steps(train: Callable[[Callable[[Any], bool]], Any], *, num: int = 100) -> list[float]:
     """What a second thread is answered that asks for the running loss, while training goes on between any two of the
     instructions that answer it: by random schedules of seed 0, each a step at some of them.

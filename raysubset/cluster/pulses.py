@@ -6,7 +6,6 @@ for process in processes_at(key).values(): watch.hear(process.pulse, process.pid
 
 import json
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -21,8 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysubset.cluster.private_ray import internal_kv
 from raysubset.cluster.resources import own_address
-from raysubset.events import Note, OnEvent, Retry
-from raysubset.pulse import Pulse, Watch, begin, pulse
+from raysubset.pulse import Pulse, begin, pulse
 
 _EVERY_S = 1.0
 _NAMESPACE = "raysubset.pulses"
@@ -80,34 +78,6 @@ def processes_at(prefix: str) -> dict[str, Process]:
 def forget(prefix: str) -> None:
     """Delete everything that is published under keys with this prefix."""
     internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
-
-
-class Lookout:
-    """Watches the tasks that publish under a prefix, and kills stalled ones, which Ray or the caller tries again.
-
-    Events name a task by the part of its key that follows the prefix.
-    """
-
-    def __init__(self, *, stall_s: float, tell: OnEvent) -> None:
-        self.prefix = f"{uuid.uuid4().hex}/"
-        self._stall_s, self._tell = stall_s, tell
-        self._watches: dict[str, Watch] = {}
-
-    def look(self) -> None:
-        """Read the pulses of all tasks that have begun. Report the stalled ones, and kill the lost ones."""
-        for name, process in processes_at(self.prefix).items():
-            watch = self._watches.setdefault(name, Watch(self._stall_s))
-            watch.hear(process.pulse, process.pid)
-            text = f"{name} on node {process.node} stands still: {watch.in_words()}"
-            match watch.look():
-                case "stalled":
-                    more = f"it is killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
-                    self._tell(Note(f"{text}; {more}", is_warning=True))
-                case "lost":
-                    self._tell(Retry(f"{text}; it was killed (actors.stall_s)"))
-                    kill_processes([process])
-                    forget(self.prefix + name)
-                    del self._watches[name]
 
 
 def kill_processes(processes: Sequence[Process]) -> None:

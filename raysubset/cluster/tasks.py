@@ -1,6 +1,5 @@
 """Values in the object store, and tasks: where they run, what they report while they wait, and how they are stopped."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,14 +10,12 @@ import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from raysubset.cluster.pulses import Lookout, published
 from raysubset.cluster.resources import WAIT_NOTICE_S, autoscaler_activity, describe, free_resources, refuse_unplaceable
 from raysubset.errors import note_place
 from raysubset.events import OnEvent, Waiting
 from raysubset.user_code.given import held_objects, hold
 from raysubset.user_code.source_files import Workplace
 
-LOOK_S = 1.0  # between two looks at a working task
 STOP_GRACE_S = 5.0  # for actors and tasks to write a checkpoint when the driver is stopped
 
 SYSTEM_ERRORS = (
@@ -70,15 +67,14 @@ def call_on_cluster(
     *arguments: Any,
     request: Mapping[str, float],
     tell: OnEvent,
-    stall_s: float = math.inf,
-    timeout_s: float | None = None,
+    timeout_s: float,
     node_id: str | None = None,
 ) -> Any:
     """Call function(value, *arguments) in a task with these resources, which reads the value from the object store.
 
     The task runs on the node of that id, or on any. While it waits for a place, `tell` gets a message every
-    WAIT_NOTICE_S. If its process or node dies, or it is killed for making no step (actors.stall_s), Ray runs it again,
-    three times at most; a task for a node that has gone fails. If the driver ends, so does the task.
+    WAIT_NOTICE_S. If its process or node dies Ray runs it again, three times at most; a task for a node that has gone
+    fails. If the driver ends, so does the task.
 
     Raises:
         ValueError: if it can never be placed.
@@ -95,32 +91,25 @@ def call_on_cluster(
         max_calls=1,
         scheduling_strategy=place,
     )
-    def call(workplace: Workplace, value_ref: Sequence[ray.ObjectRef], key: str, *arguments: Any) -> Iterator[Any]:
+    def call(workplace: Workplace, value_ref: Sequence[ray.ObjectRef], *arguments: Any) -> Iterator[Any]:
         workplace.enter()
         yield None  # the task has a place
         try:
-            with published(key):
-                result = function(ray.get(value_ref[0]), *arguments)
+            result = function(ray.get(value_ref[0]), *arguments)
         except Exception as error:
             note_place(error)
             raise
         yield result
 
-    refuse_unplaceable(request, "scoring tasks")
-    lookout = Lookout(stall_s=stall_s, tell=tell)
-    result_refs: Any = call.remote(workplace(), value_ref, f"{lookout.prefix}{function.__name__}", *arguments)
-    task, result = f"a task of {describe(request)}", None
-    ends_at = time.monotonic() + (math.inf if timeout_s is None else timeout_s)
+    refuse_unplaceable(request, "measuring tasks")
+    result_refs: Any = call.remote(workplace(), value_ref, *arguments)
+    task, result, ends_at = f"a task of {describe(request)}", None, time.monotonic() + timeout_s
     try:
         for has_place in (False, True):
-            while not ray.wait(
-                [result_refs], timeout=max(0.0, min(LOOK_S if has_place else WAIT_NOTICE_S, ends_at - time.monotonic()))
-            )[0]:
+            while not ray.wait([result_refs], timeout=max(0.0, min(WAIT_NOTICE_S, ends_at - time.monotonic())))[0]:
                 if time.monotonic() >= ends_at:
                     raise TimeoutError(f"{task} did not end in {timeout_s:g} s: the cluster is busy")
-                if has_place:
-                    lookout.look()
-                else:
+                if not has_place:
                     free = f"free are {free_resources(request)}{autoscaler_activity()}"
                     tell(Waiting(f"{task} waits for a place; {free}"))
             result = ray.get(next(result_refs))

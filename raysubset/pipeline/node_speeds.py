@@ -110,7 +110,6 @@ def decide_slots(
                 num_gpus,
                 request=request,
                 tell=tell,
-                stall_s=config.actors.stall_s,
                 timeout_s=config.cluster.wait_timeout_s,
                 node_id=node_id,
             )

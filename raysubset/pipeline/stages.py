@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from raysubset import uris
-from raysubset.cluster import call_on_cluster, connected, get_shared, num_slots, own_address, put_once, reached
+from raysubset.cluster import connected, get_shared, num_slots, own_address, put_once, reached
 from raysubset.config import Config, Learned
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.errors import first_line
@@ -60,10 +60,10 @@ from raysubset.subset_actors import ActorPool, Pack, minimum_done
 from raysubset.tasks import NextToken
 from raysubset.tracking import refuse_missing, track_finished, tracked
 from raysubset.trained_model import ModelRecord, leave_samples, save_model
-from raysubset.training import Metrics, Weights
+from raysubset.training import Weights
 from raysubset.user_code.functions import refuse_import
 from raysubset.user_code.given import is_given
-from raysubset.work import Piece, Run, leave_test
+from raysubset.work import Output, Piece, Run, TestPiece, leave_test
 from raysubset.work.identity import identify, known_fingerprint, places_notes
 
 
@@ -299,7 +299,7 @@ class _Stages:
         self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after its loss
         self._run.ledger.compact()  # the sums below read all of it
         self._tell(stage_event("test", f"{len(full_set.test)} examples, which no choice has used"))
-        test, files = self._test(weights)
+        test, files = self._test(end.leg.output, weights)
         files |= self._leave_model(weights)
         return {
             "name": config.run_name(),
@@ -320,7 +320,7 @@ class _Stages:
             "advice": [note.to_dict() for note in plan.advice],
             "planned_passes": plan.passes,
             "stages": stages,
-            "test": test.to_dict(),
+            "test": test,
             "validation": validation,
             "cost": cost_record(
                 self._run.ledger.read(),
@@ -345,21 +345,18 @@ class _Stages:
         self._tell(Note(text, is_warning=not traces))
         return {"traces": traces}
 
-    def _test(self, weights: Weights) -> tuple[Metrics, dict[str, Seal]]:
-        """Call leave_test() in this process, or in a Ray task if actors have GPUs. Ray repeats a task that dies."""
-        run, num_gpus = self._run, self._decisions.num_gpus
-        if num_gpus:
-            return call_on_cluster(
-                _leave_test,
-                run.full_set_ref,
-                *(num_gpus, run.config, run.directory, weights),
-                request={"CPU": run.config.actors.num_cpus, "GPU": num_gpus},
-                tell=run.tell,
-                stall_s=run.config.actors.stall_s,
-            )
+    def _test(self, output: Output, weights: Weights) -> tuple[dict[str, Any], dict[str, Seal]]:
+        """Call leave_test() in this process, or in an actor if actors have GPUs. Return its metrics and files."""
+        run = self._run
+        if self._decisions.num_gpus:
+            piece = TestPiece(run.config, output, "test", is_final=True)
+            with self._pool() as pool:
+                ((_, record),) = pool.run([Pack((piece,))], None)
+            return record["metrics"], record["files"]
         num_threads = torch.get_num_threads()
         try:
-            return _leave_test(run.full_set, 0, run.config, run.directory, weights)
+            metrics, files = leave_test(run.full_set, 0, run.config, run.directory, weights, node=own_address())
+            return metrics.to_dict(), files
         finally:
             torch.set_num_threads(num_threads)  # the process is the caller's
 
@@ -432,7 +429,3 @@ class _Epochs:
 
     def _history(self) -> list[dict[str, Any]]:
         return self._piece.directory.read_json_or_none(history_path(self._piece.stage)) or []
-
-
-def _leave_test(*arguments: Any) -> tuple[Metrics, dict[str, Seal]]:
-    return leave_test(*arguments, node=own_address())

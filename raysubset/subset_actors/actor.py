@@ -30,6 +30,7 @@ from raysubset.work import (
     TrialPiece,
     leave_aggregate,
     leave_metrics,
+    leave_test,
 )
 
 
@@ -38,18 +39,11 @@ class _Damages(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._texts: list[str] = []
+        self.texts: list[str] = []
         logging.getLogger(RunDirectory.__module__).addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._texts.append(record.getMessage())
-
-    def taken(self) -> list[str]:
-        """Return the warnings since the last call. Both threads of an actor may warn, and call this."""
-        self.acquire()  # as callers of emit() do
-        texts, self._texts = self._texts, []
-        self.release()
-        return texts
+        self.texts.append(record.getMessage())
 
 
 class SubsetActor:
@@ -75,12 +69,9 @@ class SubsetActor:
         node, card = ray.get_runtime_context().get_node_id(), card_bytes(num_gpus=self._num_gpus)
         return {"node": node, "ip": own_address(), "pid": os.getpid(), "card_bytes": card}
 
-    def report(self) -> tuple[Pulse, dict[int, Report], list[str]]:
-        """Return the pulse, reports of the current pieces by place in the pack, and files newly found damaged.
-
-        A piece has a report once it has made a step.
-        """
-        return pulse(), self._minimizer.reports(), self._damages.taken()
+    def report(self) -> tuple[Pulse, dict[int, Report]]:
+        """Return the pulse, and by place in the pack the report of each piece that has made a step."""
+        return pulse(), self._minimizer.reports()
 
     def request_stop(self, *, preempted: bool = False) -> None:
         """Write a checkpoint after the current step, and return. An actor that was stopped does no further work."""
@@ -104,10 +95,11 @@ class SubsetActor:
         """Do Minimizer.minimize() with the start weights in the object store, or do pieces of another kind.
 
         Returns:
-            The results, and the damaged files found since the last report.
+            The results, and the files that were found damaged.
         """
+        self._damages.texts = []
         try:
-            return self._do(pieces, self._start(start_ref), attempts, waited_s), self._damages.taken()
+            return self._do(pieces, self._start(start_ref), attempts, waited_s), self._damages.texts
         except Exception as error:
             note_place(error)
             raise
@@ -140,12 +132,16 @@ class SubsetActor:
         if isinstance(piece, TrialPiece):
             return [self._minimizer.try_packing(piece, attempt=attempt)]
         begin()
-        full_set = self._load_full_set()
+        full_set, place = self._load_full_set(), {"node": own_address(), "waited_s": waited_s, "attempt": attempt}
         if isinstance(piece, AggregatePiece):
-            place = {"node": own_address(), "waited_s": waited_s, "networks": self._minimizer.networks}
-            return [leave_aggregate(full_set, self._num_gpus, piece, start, attempt=attempt, **place)[1]]
+            networks = self._minimizer.networks
+            return [leave_aggregate(full_set, self._num_gpus, piece, start, networks=networks, **place)[1]]
         assert isinstance(piece, TestPiece)
-        return [leave_metrics(full_set, self._num_gpus, piece)]
+        if not piece.is_final:
+            return [leave_metrics(full_set, self._num_gpus, piece)]
+        work = (full_set, self._num_gpus, piece.config, piece.directory, piece.of.weights())
+        metrics, files = leave_test(*work, **place)
+        return [{"metrics": metrics.to_dict(), "files": files}]
 
 
 def _fetched_full_set(full_set_ref: Sequence[ray.ObjectRef]) -> FullSet:

@@ -48,6 +48,7 @@ class Slot:
     preferred: int | None  # the index of the preferred node that it was requested on
     place: Mapping[str, Any] = field(default_factory=dict)  # SubsetActor.place(), once it is up
     speed: float | None = None  # of its node, if it is known and matters
+    result_ref: ray.ObjectRef | None = None  # of the work that it does now
     pack: Pack = field(default_factory=lambda: Pack(()))  # the current or last one
     attempts: Sequence[int] = ()  # of its pieces
     submitted_at: float = 0.0
@@ -93,11 +94,20 @@ class Crew:
         run: Run,
         *,
         num_gpus: float,
-        speed_of_node: Callable[[str], float | None] | None,
-        preferred_nodes: Sequence[str],
-        actor_bytes: int | None,
+        speed_of_node: Callable[[str], float | None] | None = None,
+        preferred_nodes: Sequence[str] = (),
+        actor_bytes: int | None = None,
     ) -> None:
-        """Take the arguments of ActorPool(), and raise its errors."""
+        """Hold no actors yet.
+
+        Args:
+            speed_of_node: by node id; None: pieces are given out in order.
+            preferred_nodes: ids of nodes, each as often as it should have an actor while there is room.
+            actor_bytes: estimated size of an actor's tensors on its card; None: not checked.
+
+        Raises:
+            ValueError: if no node has, or could be started with, room for one actor.
+        """
         self._run, self._config, self._num_gpus, self._tell = run, run.config, num_gpus, run.tell
         self._speed_of_node, self._preferred_nodes, self._actor_bytes = speed_of_node, preferred_nodes, actor_bytes
         self._warned_nodes: set[str] = set()
@@ -110,7 +120,7 @@ class Crew:
         self._workplace = workplace()
         self.unplaced: dict[ray.ObjectRef, Slot] = {}  # by place_ref
         self.idle: list[Slot] = []
-        self.busy: dict[ray.ObjectRef, Slot] = {}  # by the reference of their result
+        self.busy: dict[ray.ObjectRef | None, Slot] = {}  # by the reference of their result
         self._num_places, self._counted_at = 0, -math.inf
         self._num_failed_starts = 0  # since an actor last came up; failures of actors requested together count as one
         self._start_after = -math.inf
@@ -121,9 +131,9 @@ class Crew:
         return len(self.idle) + len(self.busy)
 
     @property
-    def size(self) -> int:
-        """Return how many actors there are, up or not."""
-        return self.num_up + len(self.unplaced)
+    def slots(self) -> list[Slot]:
+        """All actors, up or not."""
+        return [*self.unplaced.values(), *self.idle, *self.busy.values()]
 
     def begin(self) -> None:
         """Start measuring the time without any actor, and allow notices of waiting again."""
@@ -141,20 +151,20 @@ class Crew:
         num_packs = len(self.busy) + num_queued
         if num_packs > self.num_up:
             self._count_places()
-        most = self._config.actors.max_num
+        most, slots = self._config.actors.max_num, self.slots
         wanted = num_wanted(num_packs, num_up=self.num_up, num_places=self._num_places, most=most)
         pack_s = max((self._pack_s, *(time.time() - slot.submitted_at for slot in self.busy.values())))
         if not pays(num_queued + num_later, pack_s=pack_s, num_up=self.num_up):
-            wanted = min(wanted, self.size)
-        if wanted > self.size and time.monotonic() >= self._start_after:
-            used = {slot.preferred for slot in (*self.unplaced.values(), *self.idle, *self.busy.values())}
+            wanted = min(wanted, len(slots))
+        if wanted > len(slots) and time.monotonic() >= self._start_after:
+            used = {slot.preferred for slot in slots}
             free = [index for index in range(len(self._preferred_nodes)) if index not in used]
-            for _ in range(wanted - self.size):
+            for _ in range(wanted - len(slots)):
                 self._start(free.pop(0) if free else None)
-        elif wanted < self.size:
+        elif wanted < len(slots):
             last_first = list(self.unplaced.values())[::-1]  # one that starts would leave its place to the next
             spare = [*([] if num_later else last_first), *self.idle[int(min(keep, len(self.idle))) :]]
-            for slot in spare[: self.size - wanted]:
+            for slot in spare[: len(slots) - wanted]:
                 self.release(slot)
 
     def _count_places(self) -> None:
@@ -195,7 +205,9 @@ class Crew:
         """Warn once per node if the actors that may share one of its cards are unlikely to fit."""
         if self._actor_bytes is None or place["card_bytes"] is None or place["node"] in self._warned_nodes:
             return
-        warning = memory_warning(self._actor_bytes, place["card_bytes"], num_gpus=self._num_gpus, most_actors=self.size)
+        warning = memory_warning(
+            self._actor_bytes, place["card_bytes"], num_gpus=self._num_gpus, most_actors=len(self.slots)
+        )
         if warning:
             self._warned_nodes.add(place["node"])
             self._tell(Note(f"node {place['ip']}: {warning}", is_warning=True))
@@ -210,30 +222,27 @@ class Crew:
     def set_busy(self, slot: Slot, result_ref: ray.ObjectRef) -> None:
         """Record the result that an idle actor works for."""
         self.idle.remove(slot)
-        self.busy[result_ref] = slot
+        slot.result_ref, self.busy[result_ref] = result_ref, slot
 
-    def set_idle(self, slot: Slot, result_ref: ray.ObjectRef) -> None:
+    def set_idle(self, slot: Slot) -> None:
         """Record that an actor has done its work, and may do more."""
-        del self.busy[result_ref]
+        del self.busy[slot.result_ref]
         self._pack_s = time.time() - slot.submitted_at
-        slot.report_ref = None
+        slot.result_ref = slot.report_ref = None
         self.idle.append(slot)
 
-    def release(self, slot: Slot, result_ref: ray.ObjectRef | None = None) -> None:
-        """Kill an actor; for a busy one, `result_ref` is the result that it works for."""
+    def release(self, slot: Slot) -> None:
+        """Kill an actor."""
         ray.kill(slot.actor)
         self.unplaced.pop(slot.place_ref, None)
-        if result_ref is not None:
-            del self.busy[result_ref]
-        elif slot in self.idle:
+        self.busy.pop(slot.result_ref, None)
+        if slot in self.idle:
             self.idle.remove(slot)
 
     def release_all(self) -> None:
         """Kill all actors."""
-        for slot in (*self.unplaced.values(), *self.idle):
+        for slot in self.slots:
             self.release(slot)
-        for result_ref, slot in list(self.busy.items()):
-            self.release(slot, result_ref)
 
     def tell_of_waiting(self, num_queued: int) -> None:
         """Report every few seconds what the run waits for, while no requested actor has a place.

@@ -5,7 +5,7 @@ Ray Train jobs of several workers are pieces of work too. They take the whole cl
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self
@@ -32,9 +32,8 @@ POLL_S = 1.0  # between two looks at actors' progress, draining nodes and actors
 MOST_REPORTS_PER_S = 50  # of all actors together: each costs the driver 1 ms of CPU time
 PLACE_ERRORS = (OSError, torch.AcceleratorError)  # of failed work: storage and devices may do better elsewhere
 
-
 Outcome = dict[str, Any] | Exception  # a record, or why the work failed for good
-Result = Outcome | None  # None: it must be done again
+Done = tuple[AnyPiece, Outcome]
 
 
 class StalledError(RuntimeError):
@@ -61,34 +60,14 @@ class ActorPool:
     actors have been released. One job is done at a time.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        *,
-        num_gpus: float,
-        speed_of_node: Callable[[str], float | None] | None = None,
-        preferred_nodes: Sequence[str] = (),
-        actor_bytes: int | None = None,
-    ) -> None:
-        """Create the pool. An actor first takes what was sized for a node as fast as its own, but never waits for it.
+    def __init__(self, run: Run, *, num_gpus: float, **of_crew: Any) -> None:
+        """Create the pool with the actors of Crew(), which documents the arguments and errors.
 
-        Args:
-            speed_of_node: by node id; None: pieces are given out in order.
-            preferred_nodes: ids of nodes, each as often as it should have an actor while there is room.
-            actor_bytes: estimated size of an actor's tensors on its card; None: not checked.
-
-        Raises:
-            ValueError: if no node has, or could be started with, room for one actor.
+        An actor first takes what was sized for a node as fast as its own, but never waits for it.
         """
         self.opened, self._config, self._tell = run, run.config, run.tell
         self._num_gpus = num_gpus
-        self._crew = Crew(
-            run,
-            num_gpus=num_gpus,
-            speed_of_node=speed_of_node,
-            preferred_nodes=preferred_nodes,
-            actor_bytes=actor_bytes,
-        )
+        self._crew = Crew(run, num_gpus=num_gpus, **of_crew)
         self._next_attempts: dict[str, dict[Key, int]] = {}  # by run directory
         self._looked_at = 0.0
 
@@ -129,9 +108,7 @@ class ActorPool:
                 raise result
             yield piece, result
 
-    def results(
-        self, backlog: Backlog, start: Weights | None = None, *, keep: float = 0
-    ) -> Iterator[tuple[AnyPiece, Outcome]]:
+    def results(self, backlog: Backlog, start: Weights | None = None, *, keep: float = 0) -> Iterator[Done]:
         """Do the backlog's pieces. Yield each with its record, or the error for which it, or a piece it needs, failed.
 
         More may be added to the backlog between two results. What a result made due may have started by then.
@@ -146,13 +123,8 @@ class ActorPool:
         """
         start_ref = None if start is None else put_once(start)
         while True:
-            for pack, results in self._results(backlog, start_ref, keep=keep):
-                outcomes = [
-                    outcome
-                    for piece, result in zip(pack.pieces, results, strict=True)
-                    if result is not None
-                    for outcome in _outcomes(backlog, piece, result)
-                ]
+            for results in self._results(backlog, start_ref, keep=keep):
+                outcomes = [outcome for piece, result in results for outcome in _outcomes(backlog, piece, result)]
                 self._assign(backlog, start_ref)  # actors need not wait while the caller takes the results in
                 yield from sorted(outcomes, key=lambda outcome: isinstance(outcome[1], Exception))  # failures last
             if not (jobs := backlog.take_jobs()):
@@ -171,8 +143,8 @@ class ActorPool:
 
     def _results(
         self, backlog: Backlog, start_ref: Sequence[ray.ObjectRef] | None, *, keep: float
-    ) -> Iterator[tuple[Pack, list[Result]]]:
-        """Yield each pack with the results of its pieces; those put back have None for now."""
+    ) -> Iterator[list[Done]]:
+        """Yield the outcomes of each pack's pieces, but for those that are put back."""
         crew = self._crew
         crew.begin()
         self._next_attempts.clear()
@@ -185,11 +157,11 @@ class ActorPool:
                 if slot := crew.unplaced.get(ref):
                     crew.welcome(slot)
                 elif slot := crew.busy.get(ref):
-                    yield slot.pack, self._collect(slot, ref, backlog)
+                    yield self._collect(slot, backlog)
             if time.monotonic() - self._looked_at >= POLL_S:
-                for ref, slot in list(crew.busy.items()):
+                for slot in list(crew.busy.values()):
                     if (stall := self._stall_error(slot)) is not None:
-                        yield slot.pack, self._put_back_lost(slot, ref, backlog, stall)
+                        yield self._put_back_lost(slot, backlog, stall)
                 self._hear_reports()
                 self._leave_draining_nodes()
                 crew.release_stuck()
@@ -233,41 +205,41 @@ class ActorPool:
         numbers |= {key: attempt + 1 for key, attempt in zip(keys, attempts, strict=True)}
         return attempts
 
-    def _collect(self, slot: Slot, result_ref: ray.ObjectRef, backlog: Backlog) -> list[Result]:
-        """Return the results of a finished call for each piece; pieces to do again are put back."""
+    def _collect(self, slot: Slot, backlog: Backlog) -> list[Done]:
+        """Return the outcomes of a finished call; pieces to do again are put back."""
         pack = slot.pack
         try:
-            results, damages = ray.get(result_ref)
-            if slot.report_ref is not None:
-                self._hear(slot, slot.report_ref)  # it may report damages
+            results, damages = ray.get(slot.result_ref)
         except SYSTEM_ERRORS as error:
-            return self._put_back_lost(slot, result_ref, backlog, error)
+            return self._put_back_lost(slot, backlog, error)
         except RayTaskError as error:
             if isinstance(error.cause, CorruptFile):  # ours to begin with, which Ray wrapped
                 raise error.cause from None
             if isinstance(error.cause, PLACE_ERRORS):
-                return self._put_back_lost(slot, result_ref, backlog, error)
-            self._crew.release(slot, result_ref)  # its own work failed, and would fail again
+                return self._put_back_lost(slot, backlog, error)
+            self._crew.release(slot)  # its own work failed, and would fail again
             kind = ValueError if isinstance(error.cause, ValueError) else SubsetFailed
             failure = _caused(kind(f"{pack.label} on node {slot.ip}: {one_line(error)}"), error)
-            return [failure if record is None else record for record in _records(pack)]
-        self._tell_damages(slot, damages)
-        results: list[Result] = [
-            ValueError(f"{piece.label} on node {slot.ip}: {one_line(result)}")
-            if isinstance(result, Exception)
-            else result
-            for piece, result in zip(pack.pieces, results, strict=True)
-        ]
-        unfinished = tuple(piece for piece, result in zip(pack.pieces, results, strict=True) if result is None)
+            return [(piece, piece.record() or failure) for piece in pack.pieces]
+        for text in damages:
+            self._tell(Note(f"on node {slot.ip}, {text}", is_warning=True))
+        outcomes, unfinished = list[Done](), list[AnyPiece]()
+        for piece, result in zip(pack.pieces, results, strict=True):
+            if result is None:
+                unfinished.append(piece)
+            elif isinstance(result, Exception):
+                outcomes.append((piece, ValueError(f"{piece.label} on node {slot.ip}: {one_line(result)}")))
+            else:
+                outcomes.append((piece, result))
         if unfinished:  # stopped by us or by a signal: not a failure, but this actor gets no more work
-            stopped_pack = Pack(unfinished)
+            stopped_pack = Pack(tuple(unfinished))
             self._tell(Retry(f"{stopped_pack.label} left node {slot.ip} with a checkpoint written", _attempt(slot)))
             backlog.put_back(stopped_pack)
         if unfinished or slot.is_leaving:
-            self._crew.release(slot, result_ref)
+            self._crew.release(slot)
         else:
-            self._crew.set_idle(slot, result_ref)
-        return results
+            self._crew.set_idle(slot)
+        return outcomes
 
     def _stall_error(self, slot: Slot) -> StalledError | None:
         """Return why to release an actor, or None: it still stalls after a warning and as long again."""
@@ -281,25 +253,26 @@ class ActorPool:
                 self._tell(Note(f"{text}; {more}", is_warning=True))
         return None
 
-    def _put_back_lost(self, slot: Slot, result_ref: ray.ObjectRef, backlog: Backlog, error: Exception) -> list[Result]:
-        """Return a pack's records although its actor was lost; pieces without one are put back, or failed for good."""
-        pack, got_further = slot.pack, _write_lost(slot, error)
-        self._crew.release(slot, result_ref)
-        records = _records(pack)
-        if None not in records:
-            return records
-        lost_pack = Pack(tuple(p for p, record in zip(pack.pieces, records, strict=True) if record is None))
+    def _put_back_lost(self, slot: Slot, backlog: Backlog, error: Exception) -> list[Done]:
+        """Return the records that a lost actor has left; pieces without one are put back, or failed for good."""
+        got_further = _write_lost(slot, error)
+        self._crew.release(slot)
+        records = [(piece, piece.record()) for piece in slot.pack.pieces]
+        done = [(piece, record) for piece, record in records if record is not None]
+        lost_pack = Pack(tuple(piece for piece, record in records if record is None))
+        if not lost_pack.pieces:
+            return done
         num_lost, most = backlog.count_lost(lost_pack, got_further=got_further), self._config.actors.max_attempts
         if num_lost >= most:
             text = f"{lost_pack.label} was lost {num_lost} times in a row, last on node {slot.ip}: {one_line(error)}"
             failure = _caused(SubsetFailed(text), error)
-            return [failure if record is None else record for record in records]
+            return [*done, *((piece, failure) for piece in lost_pack.pieces)]
         wait_s = backoff_s(num_lost - 1)
         backlog.put_back(lost_pack, in_s=wait_s)
         count = "" if got_further else f", {num_lost} of {most} times"
         text = f"{lost_pack.label} was lost on node {slot.ip} ({one_line(error)}){count}"
         self._tell(Retry(f"{text}; it starts from its last checkpoint in {wait_s:g} s", _attempt(slot)))
-        return records
+        return done
 
     def _leave_draining_nodes(self) -> None:
         """Let actors on draining nodes write a checkpoint, so that their pieces move in time."""
@@ -335,7 +308,7 @@ class ActorPool:
         slot.report_ref = None
         with suppress(*SYSTEM_ERRORS):
             try:
-                pulse, slot.reports, damages = ray.get(report_ref)
+                pulse, slot.reports = ray.get(report_ref)
             except RayTaskError as error:
                 if (kind := type(error.cause).__name__) not in slot.failures:
                     slot.failures.add(kind)
@@ -343,7 +316,6 @@ class ActorPool:
                     self._tell(Note(text, is_warning=True))
                 return
             slot.watch.hear(pulse)
-            self._tell_damages(slot, damages)
             for place, report in slot.reports.items():
                 epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
                 losses = (report.loss, report.running_loss)
@@ -354,12 +326,8 @@ class ActorPool:
                 numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s, running_loss)
                 self._tell(Progress(text, _attempt(slot, place), *numbers))
 
-    def _tell_damages(self, slot: Slot, damages: Sequence[str]) -> None:
-        for text in damages:
-            self._tell(Note(f"on node {slot.ip}, {text}", is_warning=True))
 
-
-def _outcomes(backlog: Backlog, piece: AnyPiece, result: Outcome) -> list[tuple[AnyPiece, Outcome]]:
+def _outcomes(backlog: Backlog, piece: AnyPiece, result: Outcome) -> list[Done]:
     """Tell the backlog of a piece's result. Return it, and if the piece failed, those that need it as failed too."""
     if isinstance(result, Exception):
         return [(failed, result) for failed in (piece, *backlog.drop_dependents(piece))]
@@ -372,11 +340,6 @@ def _attempt(slot: Slot, place: int = 0) -> Attempt:
     node, ip, pid = (slot.place[key] for key in ("node", "ip", "pid"))
     piece = slot.pack.pieces[place]
     return Attempt(*piece.ledger_key, slot.attempts[place], node, ip, pid, piece.directory.name, piece.label)
-
-
-def _records(pack: Pack) -> list[Result]:
-    """Return the records that an actor has written although its call failed; None for a piece without one."""
-    return [piece.record() for piece in pack.pieces]
 
 
 def _write_lost(slot: Slot, error: Exception) -> bool:

@@ -231,13 +231,17 @@ class AggregatePiece:
 
 @dataclass(frozen=True)
 class TestPiece:
-    """One reading of the test split, with the weights of another piece of work."""
+    """One reading of the test split, with the weights of another piece of work.
+
+    That of a run's final model has a ledger entry and leaves predictions; others leave TEST_PATH.
+    """
 
     __test__ = False  # or pytest would take it for a test
 
     config: Config = field(repr=False)
     of: Output
     label: str
+    is_final: bool = False
 
     @property
     def directory(self) -> RunDirectory:
@@ -252,8 +256,8 @@ class TestPiece:
         return "test"
 
     def record(self) -> dict[str, Any] | None:
-        """Return the metrics; None if the split was not read yet."""
-        return self.directory.read_json_or_none(TEST_PATH)
+        """Return the metrics; None if the split was not read yet. The final reading is repeated if its actor dies."""
+        return None if self.is_final else self.directory.read_json_or_none(TEST_PATH)
 
 
 @dataclass(frozen=True)

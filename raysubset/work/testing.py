@@ -30,15 +30,18 @@ class Tested:
 
 
 def leave_test(
-    full_set: FullSet, num_gpus: float, config: Config, directory: RunDirectory, weights: Weights, *, node: str
+    full_set: FullSet, num_gpus: float, config: Config, directory: RunDirectory, weights: Weights, **place: Any
 ) -> tuple[Metrics, dict[str, Seal]]:
     """Score the final model on the test split, as leave_aggregate() works, and write ledger entry and predictions.
+
+    Args:
+        place: node, and if it is known attempt and waited_s, of the ledger entry.
 
     Returns:
         The metrics, and the seals of the tables by path.
     """
     placed = placed_model(full_set, num_gpus, config)
-    with Ledger(directory).recorded("test", 0, device=device_name(placed[1]), node=node) as close:
+    with Ledger(directory).recorded("test", 0, device=device_name(placed[1]), **place) as close:
         tested = test_weights(full_set, placed, config, weights)
         close(tested.cost)
     tables = {PREDICTIONS_PATH: tested.predictions, MISTAKES_PATH: tested.mistakes}

@@ -1,7 +1,5 @@
 """run() on a local cluster, with stages by Ray Train; tasks, and work that stands still."""
 
-import os
-import re
 import signal
 import time
 from pathlib import Path
@@ -13,14 +11,14 @@ import torch
 from raysubset import Config, load_model, run
 from raysubset.cluster import call_on_cluster, groups_of, put_once, remove_groups, tasks, workplace
 from raysubset.data import load_full_set
-from raysubset.events import Event, Note, Retry, Stage
+from raysubset.events import Event, Note, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.fine_tuning.job import Job
 from raysubset.fine_tuning.lookout import TrainLookout
-from raysubset.pulse import beat, begin
-from raysubset.run_directory import RunDirectory, weights_path
+from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory, size_of, weights_path
 from raysubset.run_directory.ledger import Ledger
-from raysubset.work import Piece, Run
+from raysubset.subset_actors import ActorPool, Pack
+from raysubset.work import Output, Piece, Run, TestPiece, leave_test, seeded_model
 from tests.tiny import stored_weights
 
 # isort: split
@@ -98,13 +96,22 @@ def test_all_stages_two_of_them_by_two_workers_leave_a_model_that_predicts_and_a
         torch.testing.assert_close(ends[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_scoring_can_be_done_in_a_task_of_its_own() -> None:
-    def work(value: list[int], more: int) -> tuple[int, int]:
-        return sum(value) + more, os.getpid()
-
-    total, pid = call_on_cluster(work, put_once([1, 2, 3]), 4, request={"CPU": 1}, tell=lambda event: None)
-    assert total == 10
-    assert pid != os.getpid()
+def test_an_actor_can_read_the_test_split_for_the_run_and_leaves_entry_and_predictions(tmp_path: Path) -> None:
+    config = Config(name="tested", storage_path=str(tmp_path))
+    full_set, directory = load_full_set(config.data), RunDirectory(str(tmp_path), "tested")
+    weights, path = seeded_model(config, full_set).state_dict(), weights_path("fine_tuning")
+    seal = directory.write_weights(path, weights)
+    directory.write_json("trained.json", {"files": {path: seal}})
+    output = Output(directory, "trained.json", path)
+    opened = Run(config, directory, full_set, put_once(full_set), lambda event: None)
+    with ActorPool(opened, num_gpus=0.0) as pool:
+        ((_, record),) = pool.run([Pack((TestPiece(config, output, "test", is_final=True),))], None)
+    ((work,), predictions) = Ledger(directory).read(), directory.read_table(PREDICTIONS_PATH)
+    assert (work.stage, work.attempt, work.outcome, work.cost.num_forward) == ("test", 0, "done", len(full_set.test))
+    assert work.num_network_bytes >= size_of(seal)
+    assert record["metrics"] == leave_test(full_set, 0, config, directory, weights, node="here")[0].to_dict()
+    assert directory.read_table(PREDICTIONS_PATH) == predictions
+    assert record["files"].keys() == {PREDICTIONS_PATH, MISTAKES_PATH}
 
 
 def test_a_task_without_a_place_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,28 +128,9 @@ def test_a_task_without_a_place_says_what_it_waits_for(monkeypatch: pytest.Monke
             ray.kill(holder)
 
     monkeypatch.setattr(tasks, "WAIT_NOTICE_S", 0.05)
-    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, tell=make_room) == 3
+    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, tell=make_room, timeout_s=60.0) == 3
     assert told[1].startswith("a task of 4 CPU waits for a place; free are ")
     assert told[1].endswith(" of 4 CPU")
-
-
-def test_a_task_that_makes_no_step_is_told_of_killed_and_run_again(tmp_path: Path) -> None:
-    def work(folder: str) -> int:
-        begin()
-        for _ in range(3):
-            beat()
-        marker = Path(folder, "begun")
-        while not marker.exists():
-            marker.touch()
-            while True:
-                pass
-        return os.getpid()
-
-    events: list[Event] = []
-    call_on_cluster(work, put_once(str(tmp_path)), request={"CPU": 1}, tell=events.append, stall_s=1.0)
-    told = [event.text for event in events if isinstance(event, Note | Retry)]
-    assert re.match(r"work on node [\d.]+ stands still: no step for \d+ s .*it is killed in", told[0])
-    assert told[1].endswith("it was killed (actors.stall_s)")
 
 
 def test_a_task_that_does_not_end_in_time_is_given_up() -> None:
@@ -151,7 +139,8 @@ def test_a_task_that_does_not_end_in_time_is_given_up() -> None:
 
     with pytest.raises(TimeoutError, match=r"a task of 4 CPU did not end in 0.1 s: the cluster is busy"):
         call_on_cluster(work, put_once(1e6), request={"CPU": 4}, tell=lambda event: None, timeout_s=0.1)
-    assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, tell=lambda event: None) == 3  # it left
+    options: Any = {"request": {"CPU": 4}, "tell": lambda event: None, "timeout_s": 60.0}
+    assert call_on_cluster(sum, put_once([1, 2]), **options) == 3  # it left
 
 
 @pytest.mark.usefixtures("prompt_reports")
