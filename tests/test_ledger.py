@@ -9,12 +9,12 @@ import pytest
 
 from raysubset.run_directory import RunDirectory
 from raysubset.run_directory.ledger import (
+    LOST,
     Ledger,
     Work,
     by_stage,
     critical_path_passes,
     critical_path_s,
-    lost_cost,
     total_cost,
 )
 from raysubset.training import Cost
@@ -239,7 +239,8 @@ class TestSums:
         assert total.passes(300) == pytest.approx((1900 / 3 + 1600 * 2 / 3) / 300)
 
     def test_lost_work_is_told_apart(self):
-        assert lost_cost(WORKS) == Cost(num_forward=200, num_backward=200, num_steps=2, device_s=7)
+        lost = total_cost(work for work in WORKS if work.outcome in LOST)
+        assert lost == Cost(num_forward=200, num_backward=200, num_steps=2, device_s=7)
 
     def test_stages_stand_in_the_order_they_began(self):
         stages = by_stage(reversed(WORKS))
@@ -255,6 +256,6 @@ class TestSums:
         assert critical_path_s(WORKS) == 10 + (4 + 5) + 1 + 7 + 8
 
     def test_without_work_all_sums_are_zero(self):
-        assert total_cost([]) == lost_cost([]) == Cost()
+        assert total_cost([]) == Cost()
         assert critical_path_passes([], 300, 1 / 3) == critical_path_s([]) == 0
         assert by_stage([]) == {}

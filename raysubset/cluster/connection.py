@@ -86,7 +86,8 @@ def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterat
     if not (address := _address(config)):
         yield
         return
-    tell(Waiting(f"connecting to Ray at {shown(address).rpartition('@')[2]}"))
+    shown_address = shown(address).rpartition("@")[2]  # RAY_ADDRESS is not checked, and may hold a secret
+    tell(Waiting(f"connecting to Ray at {shown_address}"))
     with contextlib.ExitStack() as stack:
         try:
             _knock(address)
@@ -94,7 +95,14 @@ def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterat
                 use_token_of(gcs_address)
             stack.enter_context(_connection(address, head_s=HEAD_S))
         except ConnectionError as error:
-            raise _no_answer(address, error, given=config.address is not None) from error
+            origin, way_out = "", "leave cluster.address out"
+            if config.address is None:
+                origin, way_out = ", which RAY_ADDRESS in the environment names", "unset RAY_ADDRESS"
+            raise ValueError(
+                f"no Ray cluster answers at {shown_address}{origin} ({first_line(error)}). Is it up, and is that the "
+                "head's host and `ray start --port` (6379 by default), not its dashboard's? For a new one on this "
+                f"machine {way_out}"
+            ) from error
         yield
 
 
@@ -148,23 +156,19 @@ def watch_head(address: str, raylet_address: str, limit_s: float, stop: threadin
         raylet_address: of the driver's node.
         limit_s: for which the head may be away.
     """
-    lost_at: dict[str, float] = {}
+    watched = {f"the head at {address}": limit_s, f"the raylet of this node at {raylet_address}": RAYLET_S}
+    lost_at = dict[str, float]()
     while not stop.wait(LOOK_S):
-        text = ""
-        for what, place, most_s in (
-            ("the head", address, limit_s),
-            ("the raylet of this node", raylet_address, RAYLET_S),
-        ):
+        for process, most_s in watched.items():
             try:
-                _knock(place)
-                lost_at.pop(what, None)
+                _knock(process.rpartition(" ")[2])
+                lost_at.pop(process, None)
             except ConnectionError as error:
                 now = time.monotonic()
-                if now - lost_at.setdefault(what, now) >= most_s:
-                    text = f"{what} at {place} does not answer ({error})"
-        if text and not stop.is_set():
-            log.critical("the Ray cluster is lost: %s. Finished work is kept, the same command resumes", text)
-            os._exit(1)  # threads that wait for Ray would wait on
+                if now - lost_at.setdefault(process, now) >= most_s and not stop.is_set():
+                    text = f"{process} does not answer ({error})"
+                    log.critical("the Ray cluster is lost: %s. Finished work is kept, the same command resumes", text)
+                    os._exit(1)  # threads that wait for Ray would wait on
 
 
 def _raylet_address(node_id: str) -> str:
@@ -176,27 +180,15 @@ def _refuse_other_cluster(address: str | None) -> None:
     """Raise a ValueError if this process is connected to another cluster than the one at host:port."""
     if not address or "://" in address or ":" not in address:  # "auto", "local", or a client's proxy on another port
         return
-    try:
-        _knock(address)
-    except ConnectionError as error:
-        raise _no_answer(address, error) from error
     connected_to = ray.get_runtime_context().gcs_address
     host, _, port = address.rpartition(":")
-    if f"{socket.gethostbyname(host)}:{port}" != connected_to and address != connected_to:
+    with contextlib.suppress(OSError):  # of a host without a name
+        host = socket.gethostbyname(host)
+    if f"{host}:{port}" != connected_to and address != connected_to:
         raise ValueError(
             f"cluster.address = {address}, but this process is connected to Ray at {connected_to}: call "
             "ray.shutdown() first, or leave the address out"
         )
-
-
-def _no_answer(address: str, error: ConnectionError, *, given: bool = True) -> ValueError:
-    origin = "" if given else ", which RAY_ADDRESS in the environment names"
-    way_out = "leave cluster.address out" if given else "unset RAY_ADDRESS"
-    address = shown(address).rpartition("@")[2]  # RAY_ADDRESS is not checked, and may hold a secret
-    return ValueError(
-        f"no Ray cluster answers at {address}{origin} ({first_line(error)}). Is it up, and is that the head's host and "
-        f"`ray start --port` (6379 by default), not its dashboard's? For a new one on this machine {way_out}"
-    )
 
 
 def _gcs_address(address: str) -> str | None:

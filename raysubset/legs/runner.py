@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Self
@@ -13,9 +12,9 @@ from raysubset.events import Event, LegDone, Note, Progress, Retry, Start, Waiti
 from raysubset.legs.leg import Leg, closure, validation_of
 from raysubset.legs.stream import Stream
 from raysubset.quality import metrics_in_words
-from raysubset.run_directory import CorruptFile
+from raysubset.run_directory import CorruptFile, at_once
 from raysubset.run_directory.ledger import Ledger
-from raysubset.subset_actors import NUM_READERS, ActorPool, Pack
+from raysubset.subset_actors import ActorPool, Pack
 from raysubset.work import Run
 
 
@@ -88,8 +87,7 @@ class LegRunner:
         refuse_changed_files(self._run.full_set)
         for leg in legs:  # another try may fare better
             self.failed.pop(leg, None)
-        with ThreadPoolExecutor(NUM_READERS) as threads:
-            records = dict(zip(legs, threads.map(_record, legs), strict=True))
+        records = dict(zip(legs, at_once(_record, legs), strict=True))
         done = {leg for leg, record in records.items() if record is not None}
         for leg, record in records.items():
             if record is not None:

@@ -24,7 +24,6 @@ from raysubset.run_directory.ledger import (
     by_stage,
     critical_path_passes,
     critical_path_s,
-    lost_cost,
     total_cost,
 )
 from raysubset.training import Metrics
@@ -200,7 +199,7 @@ def cost_record(
     """
     stages = by_stage(works).items()
     return _sums(works, num_train, forward_share, overlap=overlap) | {
-        "lost_passes": lost_cost(works).passes(num_train, forward_share),
+        "lost_passes": total_cost(work for work in works if work.outcome in LOST).passes(num_train, forward_share),
         "critical_path_s": critical_path_s(works, overlap=overlap),
         "num_network_bytes": sum(work.num_network_bytes for work in works),
         **({"lacking": list(lacking)} if lacking else {}),

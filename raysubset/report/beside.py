@@ -10,8 +10,7 @@ from typing import Any
 from raysubset.config import of_now
 from raysubset.quality import quality_of
 from raysubset.report.figures import Record, difference, with_error
-from raysubset.report.reading import at_once
-from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
+from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory, at_once
 
 _MOST_DIRECTORIES = 100  # the newest ones: reading each is a request to a bucket
 _OF_THE_PLACE = ("root", "download")  # data settings that say where files are, not what they hold

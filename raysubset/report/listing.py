@@ -9,7 +9,6 @@ from raysubset.errors import first_line
 from raysubset.quality import quality_of
 from raysubset.report.figures import Record
 from raysubset.report.parts import Section
-from raysubset.report.reading import at_once
 from raysubset.run_directory import (
     COMPARISON_PATH,
     CONFIG_PATH,
@@ -19,6 +18,7 @@ from raysubset.run_directory import (
     CorruptFile,
     Lease,
     RunDirectory,
+    at_once,
 )
 
 _KINDS = {REPORT_PATH: "run", SWEEP_PATH: "sweep", COMPARISON_PATH: "comparison"}

@@ -1,7 +1,6 @@
 """Read the records of finished runs, comparisons' legs and sweeps' trials, or say how far an unfinished run is."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from raysubset.run_directory import (
     SWEEP_PATH,
     RunDirectory,
     aggregate_path,
+    at_once,
     history_path,
     minimum_folder,
     minimum_path,
@@ -22,16 +22,9 @@ from raysubset.run_directory import (
 )
 from raysubset.run_directory.ledger import Ledger, Work
 
-_NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 _LEGS = "legs"  # a comparison's folder
 _TRIALS, _TRUNKS = "trials", "trunks"  # a sweep's folders
 _PARTS = {"sweep": (_TRIALS, (f"/{REPORT_PATH}",)), "comparison": (_LEGS, ("/minimum.json", "/aggregate.json"))}
-
-
-def at_once(read: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """Return read(item) of each item, in their order, with many reads at a time."""
-    with ThreadPoolExecutor(_NUM_READERS) as threads:
-        return list(threads.map(read, items))
 
 
 def read_report(path: str) -> dict[str, Any]:

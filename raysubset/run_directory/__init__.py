@@ -13,7 +13,7 @@ process dies while writing, the old content stays. Requests to remote storage th
 """
 
 from raysubset.errors import CorruptFile
-from raysubset.run_directory.directory import FORMAT, RunDirectory, load_checkpoint, save_checkpoint
+from raysubset.run_directory.directory import FORMAT, RunDirectory, at_once, load_checkpoint, save_checkpoint
 from raysubset.run_directory.lease import Lease
 from raysubset.run_directory.paths import *  # noqa: F403  the paths of all files
 from raysubset.run_directory.patience import StorageLost

@@ -15,7 +15,6 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -25,13 +24,13 @@ import pyarrow as pa
 from raysubset.config import from_tree
 from raysubset.costs import Cost, taken_bytes
 from raysubset.errors import one_line
-from raysubset.run_directory.directory import RunDirectory
+from raysubset.run_directory.directory import RunDirectory, at_once
 
 logger = logging.getLogger(__name__)
 
 Stage = Literal["measuring", "trunk", "subsets", "subsamples", "aggregation", "fine_tuning", "conventional", "test"]
 Outcome = Literal["running", "done", "lost", "preempted", "failed", "interrupted"]
-LOST = ("lost", "preempted", "failed")
+LOST = ("lost", "preempted", "failed")  # outcomes of attempts whose checkpoints may have served others
 Key = tuple[Stage, int, int | None]
 """Stage, round and subset of a piece of work. The subset is None for work on no single subset."""
 
@@ -40,7 +39,6 @@ _TABLE_PATH = "ledger.parquet"
 _ENTRY = re.compile(rf"{_FOLDER}/(\w+)-(\d+)-(all|\d+)-(\d+)\.json")  # Work.path
 WRITE_BACK_S = 30.0  # files of shorter work wait for no local disk: in so long a system writes them back by itself
 _HEARTBEAT_S, _REMOTE_HEARTBEAT_S = 2.0, 10.0  # between two heartbeats: a request to a bucket costs money
-_NUM_AT_ONCE = 16  # object stores answer in tens of milliseconds, but many requests at a time
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ class Ledger:
 
     def read(self) -> list[Work]:
         """Return all entries in order of their start. Files that cannot be read are left out with a warning."""
-        return _by_start({work.path: work for work in self._read_table()} | dict(self._read_files()))
+        return self._joined(self._read_files())
 
     def next_attempt(self, stage: Stage, round: int, subset: int | None = None) -> int:
         """Return one more than the greatest attempt so far. Unreadable entries count too."""
@@ -188,18 +186,19 @@ class Ledger:
 
         If the driver dies in between, some entries are in both places, with the same content. Unreadable files stay.
         """
-        files = dict(self._read_files())
-        if files:
-            entries = {work.path: work for work in self._read_table()} | files
-            self._storage.write_table(_TABLE_PATH, pa.Table.from_pylist([w.to_dict() for w in _by_start(entries)]))
-        with ThreadPoolExecutor(_NUM_AT_ONCE) as threads:
-            list(threads.map(self._storage.delete, files))
+        if files := self._read_files():
+            table = pa.Table.from_pylist([work.to_dict() for work in self._joined(files)])
+            self._storage.write_table(_TABLE_PATH, table)
+        at_once(self._storage.delete, files)
 
-    def _read_files(self) -> Iterable[tuple[str, Work]]:
+    def _joined(self, files: Mapping[str, Work]) -> list[Work]:
+        """Return the entries of the table and of these files, in order of their start."""
+        entries = {work.path: work for work in self._read_table()} | files
+        return sorted(entries.values(), key=lambda work: (work.started_at, work.path))
+
+    def _read_files(self) -> dict[str, Work]:
         paths = self._storage.list(_FOLDER)
-        with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
-            works = pool.map(self._read, paths)
-            return [(path, work) for path, work in zip(paths, works, strict=True) if work]
+        return {path: work for path, work in zip(paths, at_once(self._read, paths), strict=True) if work}
 
     def _read(self, path: str) -> Work | None:
         record = self._storage.read_json_or_none(path)
@@ -219,19 +218,9 @@ class Ledger:
             return []
 
 
-def _by_start(entries: Mapping[str, Work]) -> list[Work]:
-    """Return the entries, given by path, in order of their start."""
-    return sorted(entries.values(), key=lambda work: (work.started_at, work.path))
-
-
 def total_cost(works: Iterable[Work]) -> Cost:
     """Return the cost of all attempts, whatever their outcome."""
     return sum((work.cost for work in works), Cost())
-
-
-def lost_cost(works: Iterable[Work]) -> Cost:
-    """Return the cost of the attempts that were lost, preempted or failed. Their checkpoints may have served others."""
-    return total_cost(work for work in works if work.outcome in LOST)
 
 
 def by_stage(works: Iterable[Work]) -> dict[Stage, list[Work]]:

@@ -6,6 +6,7 @@ pafs.PyFileSystem(storage)                # the same for Ray Train, which needs 
 """
 
 import copy
+import io
 import logging
 import re
 import threading
@@ -170,7 +171,7 @@ class Patient(pafs.FileSystemHandler):
         return pa.BufferReader(self.read(path))
 
     def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
-        return pa.PythonFile(_Written(self, path), mode="w")
+        return pa.PythonFile(_Written(partial(self.write, path)), mode="w")
 
     def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
         raise NotImplementedError("object stores append nothing")
@@ -193,18 +194,15 @@ def opened(uri: str, patience: Patience) -> tuple[pafs.PyFileSystem, str]:
     return pafs.PyFileSystem(Patient(filesystem, patience)), path
 
 
-class _Written:
+class _Written(io.BytesIO):
     """A file that is sent to the storage when it is closed."""
 
-    def __init__(self, storage: Patient, path: str) -> None:
-        self._storage, self._path, self._sink, self.closed = storage, path, pa.BufferOutputStream(), False
-
-    def write(self, data: Any) -> int:
-        return self._sink.write(data)
-
-    def flush(self) -> None: ...
+    def __init__(self, send: Callable[[bytes], None]) -> None:
+        super().__init__()
+        self._send = send
 
     def close(self) -> None:
         if not self.closed:
-            self.closed = True
-            self._storage.write(self._path, self._sink.getvalue())
+            content = self.getvalue()
+            super().close()
+            self._send(content)

@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from raysubset.events import MinimumDone
 from raysubset.quality import Quality, metrics_in_words
+from raysubset.run_directory import at_once
 from raysubset.work import Piece
-
-NUM_READERS = 16  # object stores answer in tens of milliseconds, many at a time
 
 
 def minimum_done(piece: Piece, record: dict[str, Any], quality: Quality, count: str) -> MinimumDone:
@@ -31,8 +29,5 @@ def minimum_done(piece: Piece, record: dict[str, Any], quality: Quality, count: 
 
 def done_of(pieces: Sequence[Piece]) -> set[str]:
     """Return the folders of the pieces that have minima."""
-    if all(piece.directory.local_path for piece in pieces):
-        return {piece.folder for piece in pieces if piece.record() is not None}
-    with ThreadPoolExecutor(NUM_READERS) as threads:
-        records = threads.map(Piece.record, pieces)
-        return {piece.folder for piece, record in zip(pieces, records, strict=True) if record is not None}
+    records = at_once(Piece.record, pieces)
+    return {piece.folder for piece, record in zip(pieces, records, strict=True) if record is not None}

@@ -15,7 +15,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -175,15 +175,6 @@ def _operator(name: str) -> Callable[..., Any]:
     raise ValueError(f"{name} is not one of torch's core operators that a graph may call")
 
 
-@dataclass(frozen=True)
-class _Call:
-    function: Callable[..., Any]
-    on_sizes: bool
-    arguments: list[Any]
-    named: dict[str, Any]
-    unneeded: tuple[int, ...]  # values that no later call uses
-
-
 class GraphNetwork(nn.Module):
     """A network in evaluation mode, computed call by call. Its state dict has the traced network's names."""
 
@@ -204,11 +195,12 @@ class GraphNetwork(nn.Module):
             if graph["format"] != _FORMAT:
                 raise ValueError(f"its format is {graph['format']!r}, this version reads {_FORMAT}")
             self._tensors = [self._hold(entry["name"], tensors, bool(entry["parameter"])) for entry in graph["tensors"]]
-            self._outputs = int(graph["outputs"])
-            self._calls = self._parse(graph["calls"])
+            self._calls = _parse(graph, len(self._tensors))
             meta_tensors = [getattr(owner, name).to("meta") for owner, name in self._tensors]
             for num in _NUM_TRIED:
-                outputs = self._run([spec.zeros(num).to("meta"), *meta_tensors], limit=num * _MOST_VALUES)
+                limited = _Limited(self, graph=self._calls)
+                limited.most_values = num * _MOST_VALUES
+                outputs = limited.run(spec.zeros(num).to("meta"), *meta_tensors)
                 if tuple(outputs.shape) != (num, *spec.outputs) or not outputs.is_floating_point():
                     raise ValueError(f"it gives {outputs.dtype} {list(outputs.shape)} for {num} examples")
         except Exception as error:  # with a graph of unknown origin, any line above may raise anything
@@ -228,72 +220,65 @@ class GraphNetwork(nn.Module):
             owner.register_buffer(leaf, tensors[name].clone())
         return owner, leaf
 
-    def _parse(self, calls: list[Any]) -> list[_Call]:
-        last_use: dict[int, int] = {}
-        for number, (_, arguments, keywords) in enumerate(calls):
-            last_use |= dict.fromkeys(_values_in([arguments, keywords]), number)
-        parsed, first = [], len(self._tensors) + 1
-        for number, (name, arguments, keywords) in enumerate(calls):
-            if any(not 0 <= value < first + number for value in _values_in([arguments, keywords])):
-                raise ValueError(f"call {number} takes a value that is not computed before it")
-            unneeded = tuple(v for v, last in last_use.items() if last == number and v != self._outputs)
-            function = _ON_SIZES.get(name) or _operator(name)
-            parsed.append(_Call(function, name in _ON_SIZES, arguments, keywords, unneeded))
-        return parsed
-
     def forward(self, inputs: Tensor) -> Tensor:
-        return self._run([inputs, *(getattr(owner, name) for owner, name in self._tensors)])
-
-    def _run(self, values: list[Any], *, limit: int | None = None) -> Any:
-        """Compute the outputs from inputs and tensors; raise a ValueError if a tensor has more values than `limit`."""
-        device = values[0].device
-        for call in self._calls:
-            arguments = [_decode(argument, values, device) for argument in call.arguments]
-            keywords = {key: _decode(argument, values, device) for key, argument in call.named.items()}
-            if call.on_sizes:
-                _check_sizes(call, arguments)
-            value = call.function(*arguments, **keywords)
-            if limit is not None:
-                for tensor in value if isinstance(value, list | tuple) else (value,):
-                    if isinstance(tensor, Tensor) and tensor.numel() > limit:
-                        raise ValueError(f"a tensor of {tensor.numel()} values for {len(values[0])} examples")
-            values.append(value)
-            for number in call.unneeded:
-                values[number] = None
-        return values[self._outputs]
+        values = (getattr(owner, name) for owner, name in self._tensors)
+        return fx.Interpreter(self, graph=self._calls).run(inputs, *values)
 
 
-def _check_sizes(call: _Call, arguments: list[Any]) -> None:
-    """Refuse other arguments than sizes for Python's own operators: a list times a number, or unbounded numbers."""
-    if call.function is operator.getitem:
-        are_sizes = len(arguments) == 2 and isinstance(arguments[0], list | tuple) and type(arguments[1]) is int
-    else:
-        are_sizes = all(isinstance(a, torch.SymInt) or (type(a) is int and abs(a) < 2**31) for a in arguments)
-    if not are_sizes or call.named:
-        raise ValueError(f"{call.function.__name__} of something other than sizes")
+class _Limited(fx.Interpreter):
+    """Computes a graph, and raises a ValueError if a tensor has too many values."""
+
+    most_values: int
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        for tensor in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(tensor, Tensor) and tensor.numel() > self.most_values:
+                raise ValueError(f"a tensor of {tensor.numel()} values is beyond {self.most_values}")
+        return value
 
 
-def _values_in(tree: Any) -> list[int]:
-    """Return the numbers of the values to which arguments refer."""
-    if isinstance(tree, dict):
-        if "value" in tree:
-            return [tree["value"]]
-        return [number for item in tree.values() for number in _values_in(item)]
-    return [number for item in tree for number in _values_in(item)] if isinstance(tree, list) else []
+def _parse(graph: Mapping[str, Any], num_tensors: int) -> fx.Graph:
+    """Return the graph as torch's, of inputs and tensors. No code is generated of it: an interpreter runs it."""
+    calls = fx.Graph()
+    values = [calls.placeholder(f"value_{number}") for number in range(num_tensors + 1)]
+    device = calls.call_function(getattr, (values[0], "device"))
+
+    def decoded(argument: Any) -> Any:
+        match argument:
+            case list():
+                return [decoded(item) for item in argument]
+            case {"value": number} if 0 <= number < len(values):
+                return values[number]
+            case {"torch": name}:
+                return _WORDS[name]
+            case {"number": text}:
+                return float(text)
+            case {"device": _}:
+                return device
+            case dict():
+                raise ValueError(f"{argument} is no argument of a graph")
+        return argument
+
+    for name, arguments, keywords in graph["calls"]:
+        function = _of_sizes(_ON_SIZES[name]) if name in _ON_SIZES else _operator(name)
+        named = {key: decoded(argument) for key, argument in keywords.items()}
+        values.append(calls.call_function(function, tuple(decoded(argument) for argument in arguments), named))
+    calls.output(values[graph["outputs"]])
+    return calls
 
 
-def _decode(argument: Any, values: list[Any], device: torch.device) -> Any:
-    match argument:
-        case list():
-            return [_decode(item, values, device) for item in argument]
-        case {"value": number}:
-            return values[number]
-        case {"torch": name}:
-            return _WORDS[name]
-        case {"number": text}:
-            return float(text)
-        case {"device": _}:
-            return device
-        case dict():
-            raise ValueError(f"{argument} is no argument of a graph")
-    return argument
+def _of_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have one of Python's own operators refuse other arguments than sizes: a list times a number, or huge numbers."""
+
+    @wraps(function)
+    def checked(*arguments: Any) -> Any:
+        if function is operator.getitem:
+            are_sizes = len(arguments) == 2 and isinstance(arguments[0], list | tuple) and type(arguments[1]) is int
+        else:
+            are_sizes = all(isinstance(a, torch.SymInt) or (type(a) is int and abs(a) < 2**31) for a in arguments)
+        if not are_sizes:
+            raise ValueError(f"{function.__name__} of something other than sizes")
+        return function(*arguments)
+
+    return checked
