@@ -179,7 +179,7 @@ def test_a_users_network_is_exported_and_predicts_without_its_code(tmp_path: Pat
     [
         (["predict", "{run}", "nowhere.png"], "nowhere.png: No such file"),
         (["predict", "{run}", "{run}/model.json"], "model.json cannot be decoded: cannot identify image file\n"),
-        (["export", "{run}", "--format", "onx"], "is not one of torch-export, onnx; did you mean onnx?"),
+        (["export", "{run}", "--format", "onx"], "--format: invalid choice: 'onx' (choose from"),
         (["export", "nowhere"], "no run directory"),
     ],
 )
