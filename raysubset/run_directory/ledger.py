@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -191,7 +191,7 @@ class Ledger:
             self._storage.write_table(_TABLE_PATH, table)
         at_once(self._storage.delete, files)
 
-    def _joined(self, files: Mapping[str, Work]) -> list[Work]:
+    def _joined(self, files: dict[str, Work]) -> list[Work]:
         """Return the entries of the table and of these files, in order of their start."""
         entries = {work.path: work for work in self._read_table()} | files
         return sorted(entries.values(), key=lambda work: (work.started_at, work.path))

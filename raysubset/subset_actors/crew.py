@@ -48,7 +48,7 @@ class Slot:
     preferred: int | None  # the index of the preferred node that it was requested on
     place: Mapping[str, Any] = field(default_factory=dict)  # SubsetActor.place(), once it is up
     speed: float | None = None  # of its node, if it is known and matters
-    result_ref: ray.ObjectRef | None = None  # of the work that it does now
+    result_ref: Any = None  # of the work that it does now
     pack: Pack = field(default_factory=lambda: Pack(()))  # the current or last one
     attempts: Sequence[int] = ()  # of its pieces
     submitted_at: float = 0.0
@@ -120,7 +120,7 @@ class Crew:
         self._workplace = workplace()
         self.unplaced: dict[ray.ObjectRef, Slot] = {}  # by place_ref
         self.idle: list[Slot] = []
-        self.busy: dict[ray.ObjectRef | None, Slot] = {}  # by the reference of their result
+        self.busy: dict[ray.ObjectRef, Slot] = {}  # by the reference of their result
         self._num_places, self._counted_at = 0, -math.inf
         self._num_failed_starts = 0  # since an actor last came up; failures of actors requested together count as one
         self._start_after = -math.inf

@@ -258,7 +258,7 @@ class ActorPool:
         got_further = _write_lost(slot, error)
         self._crew.release(slot)
         records = [(piece, piece.record()) for piece in slot.pack.pieces]
-        done = [(piece, record) for piece, record in records if record is not None]
+        done: list[Done] = [(piece, record) for piece, record in records if record is not None]
         lost_pack = Pack(tuple(piece for piece, record in records if record is None))
         if not lost_pack.pieces:
             return done
