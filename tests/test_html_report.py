@@ -641,14 +641,23 @@ def test_curves_of_an_arm_are_means_of_members_and_then_of_seeds_one_stage_after
     runs = [{"leg": "f-0"}, {"leg": "f-2"}]
     members, mean, tuning = arm_stages(runs, legs, found, num_train=100)
     assert [stage.name for stage in (members, mean, tuning)] == ["subsets", "aggregation", "fine_tuning"]
-    assert members.passes == (0.5, 1.0)
-    assert members.losses == ((11.5, 1.5, 21.5), (5.75, 0.75, 10.75))  # members of 1 and 2, of 21 and 22
-    assert members.validation == pytest.approx((1.15, 0.15, 2.15))
-    assert (mean.passes, mean.losses) == ((1.0,), ())
-    assert tuning.passes == (2.0, 3.0)
+    assert members.training == ((0.5, 11.5, 1.5, 21.5), (1.0, 5.75, 0.75, 10.75))  # members of 1 and 2, of 21 and 22
+    assert members.validation == (pytest.approx((1.0, 1.15, 0.15, 2.15)),)
+    assert ([point[0] for point in mean.validation], mean.training) == ([1.0], ())
+    assert [point[0] for point in tuning.training] == [2.0, 3.0]
     del found["m1-2"]
     (members, *_) = arm_stages(runs, legs, found, num_train=100)
-    assert members.losses[0] == (1.5, 1.5, 1.5)
+    assert members.training[0] == (0.5, 1.5, 1.0, 2.0)  # of one seed, whose members differ
+
+
+def test_curves_go_on_with_the_members_that_still_train():
+    record = a_record()
+    short, long = record["stages"]["rounds"][0]["minima"][:2]
+    record["stages"]["rounds"][0]["minima"] = [short | {"history": short["history"][:2]}, long]
+    members, mean, tuning = run_stages([record])
+    assert members.training[1:3] == ((0.5, 0.5, 0.5, 0.5), pytest.approx((0.75, 1 / 3, 1 / 3, 1 / 3)))
+    assert members.validation == (pytest.approx((1.25, 0.205, 0.2, 0.21)),)  # at the ends of both: 0.5 and 2 passes
+    assert [stage.validation[0][0] for stage in (mean, tuning)] == [2.0, 2.5]
 
 
 def test_curves_of_whole_runs_are_those_of_their_stages_one_after_the_other():
@@ -657,11 +666,10 @@ def test_curves_of_whole_runs_are_those_of_their_stages_one_after_the_other():
         one["history"] = [epoch | {"loss": 3 * epoch["loss"]} for epoch in one["history"]]
     members, mean, tuning = run_stages([a_record(), higher])  # of four times 25 of 100 examples, then by two workers
     assert [stage.name for stage in (members, mean, tuning)] == ["subsets", "aggregation", "fine_tuning"]
-    assert members.passes == tuple(n / 4 for n in range(1, 9))
-    assert members.losses[:2] == ((2.0, 1.0, 3.0), (1.0, 0.5, 1.5))
-    assert members.validation == pytest.approx((0.215, 0.215, 0.215))
-    assert (mean.passes, mean.losses, mean.validation[0]) == ((2.0,), (), pytest.approx(0.18))
-    assert (tuning.passes, tuning.validation[0]) == ((2.5, 3.0), pytest.approx(0.1))
+    assert members.training[:2] == ((0.25, 2.0, 1.0, 3.0), (0.5, 1.0, 0.5, 1.5))
+    assert members.validation == (pytest.approx((2.0, 0.215, 0.215, 0.215)),)
+    assert (mean.training, mean.validation) == ((), (pytest.approx((2.0, 0.18, 0.18, 0.18)),))
+    assert tuning.validation == (pytest.approx((2.5, 0.2, 0.2, 0.2)), pytest.approx((3.0, 0.1, 0.1, 0.1)))
     shorter = a_record()
     shorter["stages"]["rounds"] = []
     assert [stage.name for stage in run_stages([a_record(), shorter])] == ["fine_tuning"]

@@ -380,10 +380,10 @@ def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Recor
         for key, budget, runs in largest
         if (stages := arm_stages(runs, legs, records, num_train=num_train))
     ]
-    if not panels:
-        return None
-    words = ("at each arm's largest budget", f"n = {len(record['seeds'])} seeds")
-    return training_plot("training_of_arms", *words, panels, loss=loss_name(record))
+    seeds = f"n = {len(record['seeds'])} seeds"
+    return training_plot(
+        "training_of_arms", "at each arm's largest budget", panels, loss=loss_name(record), seeds=seeds
+    )
 
 
 def _largest_runs(record: Record) -> Iterator[tuple[str, float, list[Record]]]:

@@ -1,12 +1,13 @@
 """Draw training as curves over sequential passes: of a run, of a comparison's arms, of a sweep's settings."""
 
 import math
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from statistics import fmean
 
 from raysubset.report.drawing import COLOURS, Chart, Plot
-from raysubset.report.figures import Record, finite, in_order, passes_by_epoch
+from raysubset.report.figures import Record, finite, passes_by_epoch, works_of
 
 VALIDATION = COLOURS[1]  # colour of losses on validation data, in every plot
 STAGE_COLOURS = {
@@ -14,18 +15,33 @@ STAGE_COLOURS = {
     "trunk": COLOURS[4],
     "subsets": COLOURS[2],
     "subsamples": COLOURS[7],
+    "aggregation": VALIDATION,
     "fine_tuning": COLOURS[3],
 }
+Point = tuple[float, float, float, float]  # passes so far; then the mean, the least and the greatest value
+Measure = Callable[[Record], float]  # of a metrics record
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of an arm in one round, over sequential passes of training."""
+    """A stage in one round, over sequential passes of training: means over its members, or over seeds."""
 
-    name: str  # "aggregation" has no training: its losses are empty
-    passes: tuple[float, ...]  # at the end of each epoch; for an aggregation, when it happens
-    losses: tuple[tuple[float, float, float], ...]  # while training, by epoch: mean, least and greatest of the seeds
-    validation: tuple[float, float, float] | None  # loss at its end, likewise; None: not measured
+    name: str
+    training: tuple[Point, ...]  # the loss of each epoch while training; () for an aggregation
+    validation: tuple[Point, ...]  # wherever it was measured
+
+
+def _loss(metrics: Record) -> float:
+    return finite(metrics["loss"])
+
+
+def run_stages(records: Sequence[Record], measure: Measure = _loss) -> list[Stage]:
+    """Average the training of finished runs, one for each seed; rounds that not all of them have are left out.
+
+    Args:
+        measure: what is taken of validation metrics.
+    """
+    return _over_seeds([_placed(works_of(record), record["data"]["num_train"], measure) for record in records])
 
 
 def arm_stages(
@@ -38,35 +54,23 @@ def arm_stages(
         legs: comparison.json's `legs`: what each leg is and needs, inputs first.
         records: the legs' records by name; runs that miss one are left out.
     """
-    keys_of_runs = [needed_legs(run["leg"], legs) for run in runs]
-    return _over_seeds(
-        _of_legs(keys, legs, records, num_train) for keys in keys_of_runs if all(key in records for key in keys)
-    )
+    seeds = []
+    for keys in (needed_legs(run["leg"], legs) for run in runs):
+        if all(key in records for key in keys):
+            works = sorted((_of_leg(legs[key], records[key]) for key in keys), key=_order)
+            seeds.append(_placed(works, num_train, _loss))
+    return _over_seeds(seeds)
 
 
-def run_stages(records: Sequence[Record]) -> list[Stage]:
-    """Average the training of finished runs, one for each seed; rounds that not all of them have are left out."""
-    return _over_seeds(map(_of_run, records))
+def _of_leg(leg: Record, record: Record) -> tuple[str, int, int | None, Record]:
+    if leg["kind"] == "aggregate":
+        return "aggregation", leg["round"], None, record["aggregation"]
+    return leg["stage"], leg["round"], leg["subset"], {**record, "num_workers": leg["num_workers"]}
 
 
-def _over_seeds(runs: Iterable[Iterable[tuple[tuple[str, int], "_Training"]]]) -> list[Stage]:
-    """Average the members of each round, then the seeds; each run yields its trainings with (stage, round)."""
-    seeds: list[dict[tuple[str, int], _Training]] = []
-    for run in runs:
-        members: dict[tuple[str, int], list[_Training]] = {}
-        for place, training in run:
-            members.setdefault(place, []).append(training)
-        seeds.append({place: _mean_of(trainings) for place, trainings in members.items()})
-    stages = []
-    for name, round in (place for place in seeds[0] if all(place in seed for seed in seeds)) if seeds else ():
-        trainings = [seed[name, round] for seed in seeds]
-        mean = _mean_of(trainings)
-        spans = zip(mean.losses, *(training.losses for training in trainings), strict=False)
-        losses = tuple((average, min(values), max(values)) for average, *values in spans)
-        ends = [training.validation for training in trainings if training.validation is not None]
-        validation = None if mean.validation is None else (mean.validation, min(ends), max(ends))
-        stages.append(Stage(name, mean.passes, losses, validation))
-    return stages
+def _order(work: tuple[str, int, int | None, Record]) -> tuple[bool, int, int]:
+    stage, round, *_ = work
+    return stage == "fine_tuning", round, list(STAGE_COLOURS).index(stage)
 
 
 def needed_legs(last: str, legs: Mapping[str, Record]) -> list[str]:
@@ -80,75 +84,72 @@ def needed_legs(last: str, legs: Mapping[str, Record]) -> list[str]:
     return [key for key in legs if key in keys]
 
 
-@dataclass(frozen=True)
-class _Training:
-    passes: tuple[float, ...]
-    losses: tuple[float, ...]
-    validation: float | None  # loss; None: not measured
+def _placed(
+    works: Iterable[tuple[str, int, int | None, Record]], num_train: int, measure: Measure
+) -> dict[tuple[str, int], Stage]:
+    """Average the members of each stage and round. A stage starts where the longest member of the one before ends."""
+    members: dict[tuple[str, int], list[Record]] = {}
+    for stage, round, _, work in works:
+        members.setdefault((stage, round), []).append(work)
+    stages, start = {}, 0.0
+    for place, of_stage in members.items():
+        ends, trainings = [start], []
+        for work in of_stage:
+            passes = [start + p / work.get("num_workers", 1) for p in passes_by_epoch(work, num_train)]
+            ends += passes
+            trainings.append(_of_work(place[0], work, passes or [start], measure))
+        stages[place], start = _averaged(trainings), max(ends)
+    return stages
 
 
-def _of_legs(
-    keys: Sequence[str], legs: Mapping[str, Record], records: Mapping[str, Record], num_train: int
-) -> Iterator[tuple[tuple[str, int], _Training]]:
-    """Yield each leg's training with (stage, round); it starts where the last of its inputs ends."""
-    ends: dict[str, float] = {}
-    for key in keys:
-        leg, record = legs[key], records[key]
-        start = max((ends[name] for name in leg["inputs"]), default=0.0)
-        if leg["kind"] == "aggregate":
-            ends[key] = start
-            yield ("aggregation", leg["round"]), _Training((start,), (), _validation_loss(record["aggregation"]))
-            continue
-        passes = [start + epoch_passes / leg["num_workers"] for epoch_passes in passes_by_epoch(record, num_train)]
-        ends[key] = passes[-1] if passes else start
-        yield (leg["stage"], leg["round"]), _training(record, passes)
+def _of_work(stage: str, work: Record, passes: Sequence[float], measure: Measure) -> Stage:
+    epochs = list(zip(passes, work.get("history", ()), strict=False))
+    measured = [(at, epoch["validation"]) for at, epoch in epochs if epoch.get("validation")]
+    if work["validation"]:  # of the stage's result, which may be an earlier epoch's weights
+        measured = [*((at, metrics) for at, metrics in measured if at < passes[-1]), (passes[-1], work["validation"])]
+    curves = [(at, finite(epoch["loss"])) for at, epoch in epochs], [(at, measure(metrics)) for at, metrics in measured]
+    return Stage(stage, *(tuple((at, value, value, value) for at, value in curve) for curve in curves))
 
 
-def _of_run(record: Record) -> Iterator[tuple[tuple[str, int], _Training]]:
-    """Yield each training of a finished run, and each aggregation at its round's end, with (stage, round)."""
-    for stage, round, works, end, passes in in_order(record):
-        yield from (((stage, round), _training(*training)) for training in zip(works, passes, strict=True))
-        round_record = record["stages"]["rounds"][round] if stage in ("subsets", "subsamples") else {}
-        if round_record and stage == ("subsamples" if round_record.get("subsamples") else "subsets"):
-            yield ("aggregation", round), _Training((end,), (), _validation_loss(round_record["aggregation"]))
+def _averaged(stages: Sequence[Stage]) -> Stage:
+    """Average one stage of several members or seeds, epoch by epoch, each epoch over those that have it."""
+
+    def mean(curves: Iterable[Sequence[Point]]) -> Iterable[Point]:
+        for points in zip_longest(*curves):
+            passes, values, *_ = zip(*filter(None, points), strict=True)
+            yield fmean(passes), fmean(values), min(values), max(values)
+
+    curves = [stage.training for stage in stages], [stage.validation for stage in stages]
+    return Stage(stages[0].name, *map(tuple, map(mean, curves)))
 
 
-def _training(record: Record, passes: Sequence[float]) -> _Training:
-    losses = tuple(finite(epoch["loss"]) for epoch in record["history"])
-    return _Training(tuple(passes), losses, _validation_loss(record))
-
-
-def _validation_loss(record: Record) -> float | None:
-    return None if record["validation"] is None else finite(record["validation"]["loss"])
-
-
-def _mean_of(trainings: Sequence[_Training]) -> _Training:
-    """Average trainings over the epochs that all of them have."""
-    passes, losses = (
-        tuple(map(statistics.fmean, zip(*rows, strict=False)))
-        for rows in ([training.passes for training in trainings], [training.losses for training in trainings])
-    )
-    validation = [training.validation for training in trainings if training.validation is not None]
-    return _Training(passes, losses, statistics.fmean(validation) if validation else None)
+def _over_seeds(seeds: Sequence[Mapping[tuple[str, int], Stage]]) -> list[Stage]:
+    if len(seeds) < 2:
+        return [stage for seed in seeds for stage in seed.values()]
+    places = [place for place in seeds[0] if all(place in seed for seed in seeds)]
+    return [_averaged([seed[place] for seed in seeds]) for place in places]
 
 
 def training_plot(
-    name: str, what: str, seeds: str, panels: Sequence[tuple[str, Sequence[Stage]]], *, loss: str
-) -> Plot:
-    """Draw a chart for each panel (title, stages), of which there is at least one.
+    name: str, what: str, panels: Sequence[tuple[str, Sequence[Stage]]], *, loss: str, seeds: str = ""
+) -> Plot | None:
+    """Draw a chart for each panel (title, stages); None if there are fewer than three values to draw.
 
     Args:
         what: what is drawn, for the caption.
-        seeds: over which seeds, for the caption.
+        seeds: over which seeds, for the caption; "" for one run.
     """
     charts = tuple(_panel(title, stages, loss) for title, stages in panels)
+    if sum(chart.num_values for chart in charts) < 3:
+        return None
     values = [value for chart in charts for value in chart.y.values if math.isfinite(value)]
     for chart in charts:
         chart.y.values = values  # one scale for all
+    over, spread = (f" and over {seeds}", "seeds (of one seed: of its members)") if seeds else ("", "members")
     caption = (
-        f"Loss {what} over sequential passes of training. Lines: the epochs' losses, averaged over a round's members "
-        f"and over {seeds}; bands: the least and greatest of the seeds; squares: validation loss at a stage's end, "
-        "averaged over members; diamonds: that of their aggregate. All charts have one scale."
+        f"Loss {what} over sequential passes of training. Lines: the epochs' losses while training, averaged over a "
+        f"round's members{over}; bands: the least and greatest of the {spread}; squares: validation loss; diamonds: "
+        f"that of the aggregate.{' All charts have one scale.' if len(charts) > 1 else ''}"
     )
     return Plot(name, caption, charts, is_wide=len(charts) > 1)
 
@@ -156,18 +157,22 @@ def training_plot(
 def _panel(title: str, stages: Sequence[Stage], loss: str) -> Chart:
     chart = Chart("passes, one after the other", loss, title=title, log="y", size=(340, 230))
     chart.x.low = 0
-    for stage in (stage for stage in stages if stage.passes):
-        if stage.losses:
-            means, lows, highs = zip(*stage.losses, strict=True)
-            colour = STAGE_COLOURS[stage.name]
-            chart.band(stage.passes, lows, highs, colour)
-            label, marker = stage.name.replace("_", " "), "." if len(means) < 3 else ""
-            chart.line(zip(stage.passes, means, strict=True), colour, label, marker=marker)
     for stage in stages:
-        if stage.validation is not None and stage.passes:
-            end, least, most = stage.validation
-            is_mean = stage.name == "aggregation"
-            label, marker = ("validation of the aggregate", "D") if is_mean else ("validation", "s")
-            bars = [(least, most)] if least < most else []
-            chart.points([(stage.passes[-1], end)], VALIDATION, label, marker=marker, bars=bars)
+        if stage.training:
+            passes, means, lows, highs = zip(*stage.training, strict=True)
+            if lows != highs:
+                chart.band(passes, lows, highs, STAGE_COLOURS[stage.name])
+            label, marker = stage.name.replace("_", " "), "." if len(means) < 3 else ""
+            chart.line(zip(passes, means, strict=True), STAGE_COLOURS[stage.name], label, marker=marker)
+    for stage in stages:
+        label = "validation of the aggregate" if stage.name == "aggregation" else "validation"
+        draw_validation(chart, stage, VALIDATION, label, width=1, dash="2 3")
     return chart
+
+
+def draw_validation(chart: Chart, stage: Stage, colour: str, label: str, *, width: float, dash: str = "") -> None:
+    """Draw what was measured on validation data, with bars from the least to the greatest if there are several."""
+    points, bars = [point[:2] for point in stage.validation], [point[2:] for point in stage.validation]
+    marker = "D" if stage.name == "aggregation" else "s"
+    has_bars = any(least < most for least, most in bars)
+    chart.line(points, colour, label, marker=marker, width=width, dash=dash, bars=bars if has_bars else ())

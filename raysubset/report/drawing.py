@@ -9,7 +9,7 @@ They are written by hand, as matplotlib takes seconds to import and to draw, and
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -29,7 +29,6 @@ _MARKS = {  # around a point, in pixels; strokes of no length with caps make dot
     "◦": ('stroke-width="1.6"', "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0"),
 }
 _FILLED = "D>"
-Place = Callable[[float], float]  # maps a value to its place on an axis, in pixels
 
 
 @dataclass
@@ -48,33 +47,41 @@ class Axis:
         """Return a scale with ends and ticks that suit the values."""
         values = [value for value in self.values if math.isfinite(value)] or [0.0, 1.0]
         low, high = min(values), max(values)
-        if self.may_be_log and low > 0 and high >= 5 * low:
+        is_log = self.may_be_log and low > 0 and high >= 5 * low
+        if is_log:
             margin = (high / low) ** 0.05
-            ends = (low / margin if self.low is None else max(self.low, low / margin), self.high or high * margin)
-            return Scale(*ends, True, self.ticks or _log_ticks(*ends))
-        margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-        ends = (low - margin if self.low is None else self.low, high + margin if self.high is None else self.high)
-        return Scale(*ends, False, self.ticks or _ticks(*ends, is_whole=self.is_whole))
+            low, high = max(self.low or 0.0, low / margin), self.high or high * margin
+        else:
+            margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+            low = low - margin if self.low is None else self.low
+            high = high + margin if self.high is None else self.high
+        ticks = self.ticks or (_log_ticks(low, high) if is_log else _ticks(low, high, is_whole=self.is_whole))
+        return Scale(low, high, is_log, ticks)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """An axis with its ends and ticks."""
+    """An axis with its ends and ticks, and the pixels at which it starts and ends."""
 
     low: float
     high: float
     is_log: bool
     ticks: Sequence[tuple[float, str]]
+    start: float = 0.0
+    end: float = 0.0
 
-    def place(self, start: float, end: float) -> Place:
-        """Return the function from a value to its pixel between `start` and `end`; values beyond an end lie there."""
-        low, high = (math.log10(self.low), math.log10(self.high)) if self.is_log else (self.low, self.high)
+    def pixel(self, value: float) -> float:
+        """Return the pixel of a value; values beyond an end lie there."""
+        low, high = self.low, self.high
+        if self.is_log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(max(value, low / 2))
+        return self.start + (self.end - self.start) * min(1.03, max(-0.03, (value - low) / ((high - low) or 1.0)))
 
-        def place(value: float) -> float:
-            at = math.log10(max(value, self.low / 2)) if self.is_log else value
-            return start + (end - start) * min(1.03, max(-0.03, (at - low) / ((high - low) or 1.0)))
+    def at(self, value: float) -> str:
+        return _number(self.pixel(value))
 
-        return place
+
+Draw = Callable[[Scale, Scale], str]  # returns the SVG of a mark, given the x and the y axis
 
 
 def _ticks(low: float, high: float, *, is_whole: bool) -> list[tuple[float, str]]:
@@ -117,7 +124,7 @@ class Chart:
         self.left: float | None = None  # place of the y axis in pixels; None: what its ticks need
         self.legend: dict[str, str] = {}  # an SVG for each label
         self.num_values = 0
-        self._marks: list[Callable[[Place, Place], str]] = []
+        self._marks: list[Draw] = []
 
     def line(
         self,
@@ -154,29 +161,26 @@ class Chart:
         self.x.values += [x for x, *_ in drawn]
         self.y.values += [end for _, *ends, _ in drawn for end in ends]
         stroke = f'stroke="{colour}"' + (f' opacity="{alpha}"' if alpha < 1 else "")
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        line_style = f'{stroke} stroke-width="{width}"' + (f' stroke-dasharray="{dash}"' if dash else "")
         texts = [f"{y:.5g}" + (f" ({low:.4g} to {high:.4g})" if bars else "") for _, y, low, high, _ in drawn]
         values = f'data-k="{escape(label)}" data-x="{_joined(name for *_, name in drawn)}" data-y="{_joined(texts)}"'
 
-        def draw(px: Place, py: Place) -> str:
-            places = [(_number(px(x)), _number(py(y))) for x, y, *_ in drawn]
-            parts = []
+        def draw(x_axis: Scale, y_axis: Scale) -> str:
+            places, svg = [f"{x_axis.at(x)} {y_axis.at(y)}" for x, y, *_ in drawn], ""
             if bars:
-                ends = (f"M{_number(px(x))} {_number(py(low))}V{_number(py(high))}" for x, _, low, high, _ in drawn)
-                parts.append(f'<path {stroke} d="{"".join(ends)}"/>')
+                ends = (f"M{x_axis.at(x)} {y_axis.at(low)}V{y_axis.at(high)}" for x, _, low, high, _ in drawn)
+                svg += f'<path {stroke} d="{"".join(ends)}"/>'
             if width:
-                data = "L".join(f"{x} {y}" for x, y in places)
-                line_values = "" if marker else f" {values}"
-                parts.append(f'<path {stroke} stroke-width="{width}"{dashes}{line_values} d="M{data}"/>')
+                svg += f'<path {line_style}{"" if marker else f" {values}"} d="M{"L".join(places)}"/>'
             if marker:
-                parts.append(f"<path {stroke} {_marks(marker, colour, places)} {values}/>")
-            return "".join(parts)
+                svg += f"<path {stroke} {_marks(marker, colour, places)} {values}/>"
+            return svg
 
         self._marks.append(draw)
         if is_named:
-            key = f'<path {stroke} stroke-width="{width}"{dashes} d="M0 6H22"/>' if width else ""
+            key = f'<path {line_style} d="M0 6H22"/>' if width else ""
             if marker:
-                key += f"<path {stroke} {_marks(marker, colour, [('11', '6')])}/>"
+                key += f"<path {stroke} {_marks(marker, colour, ['11 6'])}/>"
             self._name(label, key)
 
     def points(
@@ -190,10 +194,11 @@ class Chart:
         ends = [(x, low, high) for x, low, high in zip(xs, lows, highs, strict=True) if math.isfinite(low + high)]
         self.y.values += [end for _, *both in ends for end in both]
 
-        def draw(px: Place, py: Place) -> str:
-            there = "L".join(f"{_number(px(x))} {_number(py(high))}" for x, _, high in ends)
-            back = "L".join(f"{_number(px(x))} {_number(py(low))}" for x, low, _ in reversed(ends))
-            return f'<path fill="{colour}" opacity=".2" d="M{there}L{back}z"/>' if ends else ""
+        corners = [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
+
+        def draw(x_axis: Scale, y_axis: Scale) -> str:
+            path = "L".join(f"{x_axis.at(x)} {y_axis.at(y)}" for x, y in corners)
+            return f'<path fill="{colour}" opacity=".2" d="M{path}z"/>' if corners else ""
 
         self._marks.append(draw)
 
@@ -219,26 +224,19 @@ class Chart:
         self.x.values += [start, end]
         self.y.values += [y - height / 2, y + height / 2]
 
-        def draw(px: Place, py: Place) -> str:
-            left, right = sorted((px(start), px(end)))
-            top, bottom = sorted((py(y - height / 2), py(y + height / 2)))
+        def draw(x_axis: Scale, y_axis: Scale) -> str:
+            left, right = sorted(map(x_axis.pixel, (start, end)))
+            top, bottom = sorted(map(y_axis.pixel, (y - height / 2, y + height / 2)))
             wide, opacity = max(0.8, right - left - 0.6), f' fill-opacity="{alpha:.2g}"' if alpha < 1 else ""
             about = f' data-t="{escape(tip)}"' if tip else ""
             box = f'x="{_number(left)}" y="{_number(top)}" width="{_number(wide)}" height="{_number(bottom - top)}"'
-            words = ""
+            svg = f'<rect fill="{colour}"{opacity}{about} {box}/>'
             if text and len(text) * _CHARACTER * 0.9 < wide and bottom - top > 9:
-                at = f'x="{_number((left + right) / 2)}" y="{_number((top + bottom) / 2 + 4)}"'
-                words = f'<text class="{"on" if alpha == 1 else "in"}" {at}>{escape(text)}</text>'
-            return f'<rect fill="{colour}"{opacity}{about} {box}/>{words}'
+                svg += _text((left + right) / 2, (top + bottom) / 2 + 4, text, "on" if alpha == 1 else "in")
+            return svg
 
         self._marks.append(draw)
         self._name(label, f'<rect fill="{colour}" fill-opacity="{alpha}" x="4" y="1" width="14" height="10"/>')
-
-    def text(self, x: float, y: float, text: str) -> None:
-        """Write a text to the right of a point."""
-        self._marks.append(
-            lambda px, py: f'<text x="{_number(px(x) + 8)}" y="{_number(py(y) + 4)}">{escape(text)}</text>'
-        )
 
     def across(self, y: float, colour: str = GREY, label: str = "", *, dash: str = "2 4", width: float = 1.5) -> None:
         """Draw a horizontal line from edge to edge at y."""
@@ -247,14 +245,23 @@ class Chart:
         self.y.values.append(y)
         style = f'stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dash}"'
         tip = f' data-t="{escape(f"{label}: {y:.5g}")}"' if label else ""
-        self._marks.append(lambda px, py: f'<path {style}{tip} d="M{_LEFT} {_number(py(y))}H{_RIGHT}"/>')
+        self._marks.append(
+            lambda x_axis, y_axis: (
+                f'<path {style}{tip} d="M{_number(x_axis.start)} {y_axis.at(y)}H{_number(x_axis.end)}"/>'
+            )
+        )
         self._name(label, f'<path {style} d="M0 6H22"/>')
 
     def upright(self, x: float, colour: str = GREY, *, width: float = 1.5, alpha: float = 1, dash: str = "2 4") -> None:
         """Draw a vertical line from top to bottom at x."""
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        style = f'stroke="{colour}" stroke-width="{width}" opacity="{alpha}"{dashes}'
-        self._marks.append(lambda px, py: f'<path {style} d="M{_number(px(x))} {_TOP}V{_BOTTOM}"/>')
+        style = f'stroke="{colour}" stroke-width="{width}" opacity="{alpha}" stroke-dasharray="{dash}"'
+        self._marks.append(
+            lambda x_axis, y_axis: f'<path {style} d="M{x_axis.at(x)} {_number(y_axis.start)}V{_number(y_axis.end)}"/>'
+        )
+
+    def name_rows(self, names: Sequence[str]) -> None:
+        """Give the y axis a row for each name, the first at y = 0 on top."""
+        self.y = Axis("", ticks=list(enumerate(names)), low=len(names) - 0.5, high=-0.5)
 
     def _name(self, label: str, key: str) -> None:
         if label:
@@ -264,38 +271,33 @@ class Chart:
         """Return the <svg> element; screen readers read the caption."""
         x, y = self.x.settled(), self.y.settled()
         width, height = self.size
-        names = max((len(text) for _, text in y.ticks), default=0)
-        left = self.left or 10 + _CHARACTER * names + (16 if self.y.label else 0)
-        right = width - max(8.0, 4 + _CHARACTER * len(x.ticks[-1][1]) / 2 if x.ticks else 0)
-        longest, together = max((len(t) for _, t in x.ticks), default=0), sum(len(t) + 1.5 for _, t in x.ticks)
-        is_tilted = _CHARACTER * together > right - left
-        room = 20 + (0.7 * _CHARACTER * longest if is_tilted else 0)
+        longest_y = max((len(text) for _, text in y.ticks), default=0)
+        lengths = [len(text) for _, text in x.ticks] or [0]
+        left = self.left or 10 + _CHARACTER * longest_y + (16 if self.y.label else 0)
+        right = width - max(8.0, 4 + _CHARACTER * lengths[-1] / 2)
+        is_tilted = _CHARACTER * sum(length + 1.5 for length in lengths) > right - left
+        room = 20 + (0.7 * _CHARACTER * max(lengths) if is_tilted else 0)
         top, bottom = 22.0 if self.title else 38.0 if self.above else 8.0, height - room - (16 if self.x.label else 0)
-        px, py = x.place(left, right), y.place(bottom, top)
-        grid = "".join(f"M{_number(px(at))} {_number(top)}V{_number(bottom)}" for at, _ in x.ticks)
-        grid += "".join(f"M{_number(left)} {_number(py(at))}H{_number(right)}" for at, _ in y.ticks)
-        words = [_tick(px(at), bottom, text, is_tilted=is_tilted) for at, text in x.ticks]
-        at_y = f'<text class="end" x="{_number(left - 6)}" y="'
-        words += [f'{at_y}{_number(py(at) + 4)}">{escape(text)}</text>' for at, text in y.ticks]
+        x, y = replace(x, start=left, end=right), replace(y, start=bottom, end=top)
+        grid = "".join(f"M{x.at(value)} {_number(top)}V{_number(bottom)}" for value, _ in x.ticks)
+        grid += "".join(f"M{_number(left)} {y.at(value)}H{_number(right)}" for value, _ in y.ticks)
+        if is_tilted:
+            words = [_text(x.pixel(value) + 4, bottom + 12, text, "end", turn=-45) for value, text in x.ticks]
+        else:
+            words = [_text(x.pixel(value), bottom + 15, text, "in") for value, text in x.ticks]
+        words += [_text(left - 6, y.pixel(value) + 4, text, "end") for value, text in y.ticks]
         centre = (left + right) / 2
-        middle, room = _number(centre), 2 * min(centre, width - centre)
+        room = 2 * min(centre, width - centre)
         if self.above:
             label, factor = self.above
             ends = x.low * factor, x.high * factor
             ticks = _log_ticks(*ends) if x.is_log else _ticks(*ends, is_whole=False)
-            words += [_tick(px(at / factor), top - 20, text, is_tilted=False) for at, text in ticks]
-            words.append(f'<text class="in" x="{middle}" y="12"{_fitted(label, room)}</text>')
-        if self.x.label:
-            words.append(f'<text class="in" x="{middle}" y="{_number(height - 5)}"{_fitted(self.x.label, room)}</text>')
-        if self.y.label:
-            at = f"translate(11 {_number((top + bottom) / 2)})rotate(-90)"
-            words.append(f'<text class="in" transform="{at}"{_fitted(self.y.label, height)}</text>')
-        if self.title:
-            title = escape(self.title[: int(width / _CHARACTER)])
-            words.append(f'<text class="in title" x="{middle}" y="13">{title}</text>')
-        marks = "".join(draw(px, py) for draw in self._marks)
-        for name, at in ((_LEFT, left), (_RIGHT, right), (_TOP, top), (_BOTTOM, bottom)):
-            marks = marks.replace(name, _number(at))
+            words += [_text(x.pixel(value / factor), top - 5, text, "in") for value, text in ticks]
+            words.append(_text(centre, 12, label, "in", room=room))
+        words.append(_text(centre, height - 5, self.x.label, "in", room=room))
+        words.append(_text(11, (top + bottom) / 2, self.y.label, "in", turn=-90, room=height))
+        words.append(_text(centre, 13, self.title[: int(width / _CHARACTER)], "in title"))
+        marks = "".join(draw(x, y) for draw in self._marks)
         axes = f'data-x="{escape(self.x.label)}" data-y="{escape(self.y.label)}"'
         return (
             f'<svg class="plot" role="img" aria-label="{escape(caption)}" viewBox="0 0 {width:g} {height:g}" {axes}>'
@@ -304,30 +306,28 @@ class Chart:
         )
 
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = "\x01", "\x02", "\x03", "\x04"  # placeholders in marks that reach from edge to edge
+def _text(x: float, y: float, text: str, kind: str, *, turn: int = 0, room: float = math.inf) -> str:
+    """Return a text, in letters small enough to fit into `room` pixels; "" for none.
 
-
-def _tick(x: float, bottom: float, text: str, *, is_tilted: bool) -> str:
-    """Return a text below the axis, tilted if the texts would touch one another."""
-    if is_tilted:
-        place = f'class="end" transform="translate({_number(x + 4)} {_number(bottom + 12)})rotate(-45)"'
-    else:
-        place = f'class="in" x="{_number(x)}" y="{_number(bottom + 15)}"'
-    return f"<text {place}>{escape(text)}</text>"
-
-
-def _fitted(text: str, room: float) -> str:
-    """Return the end of a <text> element in letters small enough for a text of this many pixels to fit."""
+    Args:
+        kind: its class in the page's style, which says how it lies around the point.
+        turn: by how many degrees it is turned.
+    """
+    place = (
+        f'transform="translate({_number(x)} {_number(y)})rotate({turn})"'
+        if turn
+        else f'x="{_number(x)}" y="{_number(y)}"'
+    )
     size = _FONT * min(1.0, room / (_CHARACTER * 1.05 * max(1, len(text))))
     style = f' style="font-size:{_number(size)}px"' if size < _FONT else ""
-    return f"{style}>{escape(text)}"
+    return f'<text class="{kind}" {place}{style}>{escape(text)}</text>' if text else ""
 
 
-def _marks(marker: str, colour: str, places: Iterable[tuple[str, str]]) -> str:
+def _marks(marker: str, colour: str, places: Iterable[str]) -> str:
     """Return the attributes of a path that has a marker at each place."""
     style, shape = _MARKS[marker]
     fill = f'fill="{colour}" ' if marker in _FILLED else ""
-    return f'{fill}{style} d="{"".join(f"M{x} {y}{shape}" for x, y in places)}"'
+    return f'{fill}{style} d="{"".join(f"M{place}{shape}" for place in places)}"'
 
 
 def _number(pixels: float) -> str:

@@ -1,6 +1,5 @@
 """Compute figures from a run's record: training passes, standard errors, differences and their noise."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,40 +111,28 @@ def is_least_squares(record: Record) -> bool:
 def trained_passes(record: Record) -> float:
     """Return the passes of the training that led to the result, without evaluation and without lost work."""
     num_train = record["data"]["num_train"]
-    return sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in trainings(record))
+    return sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in works_of(record))
 
 
 def passes_by_epoch(work: Record, num_train: int) -> list[float]:
     """Return the passes over the full set that a training had done at the end of each of its epochs."""
     share = work.get("num_examples", num_train) / num_train
-    return [epoch["epoch"] * share for epoch in work["history"]]
+    return [epoch["epoch"] * share for epoch in work.get("history", ())]
 
 
-def trainings(record: Record) -> Iterator[tuple[str, int, int | None, Record]]:
-    """Yield (stage, round, subset, record with history) of each training, in the order of the method."""
+def works_of(record: Record) -> Iterator[tuple[str, int, int | None, Record]]:
+    """Yield (stage, round, subset, record) of each training and aggregation, in the order of the method.
+
+    The record of an aggregation has no history.
+    """
     stages = record["stages"]
-    if stages.get("conventional"):
-        yield "conventional", 0, None, stages["conventional"]
-    if stages.get("trunk"):
-        yield "trunk", 0, None, stages["trunk"]
-    for round in stages.get("rounds", ()):
-        for minimum in round["minima"]:
-            yield "subsets", round["round"], minimum["subset_id"], minimum
-        for minimum in round.get("subsamples", ()):
-            yield "subsamples", round["round"], minimum["subset_id"], minimum
+    for stage in ("conventional", "trunk"):
+        if stages.get(stage):
+            yield stage, 0, None, stages[stage]
+    for round in stages.get("rounds") or ():
+        for stage, minima in (("subsets", round["minima"]), ("subsamples", round.get("subsamples", ()))):
+            for minimum in minima:
+                yield stage, round["round"], minimum["subset_id"], minimum
+        yield "aggregation", round["round"], None, round["aggregation"]
     if stages.get("fine_tuning"):
         yield "fine_tuning", 0, None, stages["fine_tuning"]
-
-
-def in_order(record: Record) -> Iterator[tuple[str, int, list[Record], float, list[list[float]]]]:
-    """Yield each stage of each round on one axis of sequential passes.
-
-    Yields:
-        The stage, the round, its trainings, the passes at its end, and each training's passes at its epochs' ends.
-    """
-    num_train, end = record["data"]["num_train"], 0.0
-    for (stage, round), group in itertools.groupby(trainings(record), key=lambda training: training[:2]):
-        works = [work for *_, work in group]
-        passes = [[end + p / work.get("num_workers", 1) for p in passes_by_epoch(work, num_train)] for work in works]
-        end = max([end, *(ends[-1] for ends in passes if ends)])
-        yield stage, round, works, end, passes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raysubset.quality import quality_of
-from raysubset.report.figures import Record, passes_by_epoch, trainings
+from raysubset.report.figures import Record, passes_by_epoch, works_of
 from raysubset.report.pages import write_page
 from raysubset.report.reading import read_report
 from raysubset.run_directory import RunDirectory
@@ -64,11 +64,11 @@ def _write_for_tools(directory: RunDirectory, record: Record) -> None:
 def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each epoch of each training."""
     num_train = record["data"]["num_train"]
-    for stage, round, subset, work in trainings(record):
+    for stage, round, subset, work in works_of(record):
         trained = passes_by_epoch(work, num_train)
-        for number, (epoch, passes) in enumerate(zip(work["history"], trained, strict=True), 1):
+        for number, (epoch, passes) in enumerate(zip(work.get("history", ()), trained, strict=True), 1):
             # The minimum was measured at the end of the last epoch, unless an earlier one was restored
-            at_end = number == len(work["history"]) and work["outcome"] != "diverged"
+            at_end = number == len(trained) and work["outcome"] != "diverged"
             validation = epoch.get("validation") or (work["validation"] if at_end else None) or {}
             yield {
                 "stage": stage,

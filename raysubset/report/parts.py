@@ -1,7 +1,7 @@
 """Define a report's parts, for the terminal and the page alike: sections of tables, lines, plots and pictures."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -61,21 +61,25 @@ class Section:
         return table_width > _NARROW or len(self.plots) > 1 or any(plot.is_wide for plot in self.plots)
 
 
+Column = tuple[str, Callable[[Any], str]]  # its heading, and what writes an item's cell below it
+
+
 def table(
     title: str,
     items: Iterable[Any],
-    columns: Iterable[tuple[str, Callable[[Any], str]]],
-    lines: Sequence[Line] = (),
-    plots: Sequence[Plot | None] = (),
+    columns: Iterable[Column],
+    lines: Iterable[Line] = (),
+    plots: Iterable[Plot | None] = (),
 ) -> Section:
-    """Return a section with a row for each item. A column is its heading and what writes an item's cell below it.
-
-    Args:
-        plots: those that are not None are drawn.
-    """
+    """Return a section with a row for each item, and those plots that are not None."""
     headings, cells = zip(*columns, strict=True)
     rows = tuple(tuple(cell(item) for cell in cells) for item in items)
-    return Section(title, headings, rows, tuple(lines), tuple(plot for plot in plots if plot is not None))
+    return Section(title, headings, rows, tuple(lines), drawn(*plots))
+
+
+def drawn(*plots: Plot | None) -> tuple[Plot, ...]:
+    """Return the plots that are not None: those that have enough to show."""
+    return tuple(plot for plot in plots if plot is not None)
 
 
 def _is_number(cell: str) -> bool:

@@ -1,5 +1,6 @@
 """Report a finished run: the result, its recipe, the results and costs of each stage, and the findings."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -13,20 +14,21 @@ from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
 from raysubset.report.beside import Beside, held_against
 from raysubset.report.commands import command
-from raysubset.report.drawing import Plot
+from raysubset.report.curves import run_stages, training_plot
 from raysubset.report.figures import (
     Record,
     finite,
     formatted,
     is_least_squares,
+    loss_name,
     mean_metrics,
     standard_error,
     trained_passes,
-    trainings,
     with_error,
+    works_of,
 )
 from raysubset.report.findings import findings, next_commands
-from raysubset.report.parts import Command, Line, Section, table
+from raysubset.report.parts import Column, Command, Line, Section, drawn, table
 from raysubset.report.run_plots import (
     aggregation_losses,
     costs_by_stage,
@@ -34,7 +36,6 @@ from raysubset.report.run_plots import (
     minima_losses,
     rounds_losses,
     story,
-    training_curves,
 )
 
 MOST_ROWS = 12  # minima or rounds that get a row each
@@ -72,10 +73,6 @@ def measured(record: Record) -> Iterator[Section]:
     yield _costs(record)
 
 
-def _drawn(*plots: Plot | None) -> tuple[Plot, ...]:
-    return tuple(plot for plot in plots if plot is not None)
-
-
 _OF_A_STAGE = {  # rows of the recipe's table that every stage has, by the fields of its MinimizeConfig
     "optimizer": "optimizer",
     "epochs": "epochs",
@@ -103,8 +100,8 @@ def recipe(record: Record) -> Section:
     of_a_stage = _OF_A_STAGE if config.minimize.loop is None else _OF_A_LOOP
     rows = [(name, *(_setting(values[key]) for values in settings)) for key, name in of_a_stage.items()]
     if of_a_stage is _OF_A_STAGE:
-        is_known = [recipe.learning_rate or not recipe.has_own_optimizer for recipe in recipes.values()]
-        rates = zip(recipes.values(), is_known, strict=True)
+        has_rate = [recipe.learning_rate or not recipe.has_own_optimizer for recipe in recipes.values()]
+        rates = zip(recipes.values(), has_rate, strict=True)
         shown = (f"{recipe.peak_learning_rate():g}" if known else "its own" for recipe, known in rates)
         rows.insert(1, ("learning rate, peak", *shown))
     for key, default in flatten(asdict(MinimizeConfig())).items():
@@ -112,19 +109,17 @@ def recipe(record: Record) -> Section:
         if key not in (*_OF_A_STAGE, "learning_rate", "loop") and any(value != default for value in values):
             rows.append((key.replace("_", " "), *map(_setting, values)))
     minima = rounds[-1]["minima"] if rounds else []
-    sizes = sorted({minimum["num_examples"] for minimum in minima}) or [0]
-    of_subsets = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
-    of_others = f"{record['data']['num_train']:,}"
-    rows.append(("examples", *(of_subsets if stage == "subsets" else of_others for stage in recipes)))
-    workers = {
-        "subsets": f"{len(minima)} subsets",
-        "fine_tuning": str((stages.get("fine_tuning") or {}).get("num_workers", 1)),
-        "trunk": str(config.trunk.num_workers),
-        "conventional": str(config.conventional.num_workers),
+    sizes = sorted({minimum["num_examples"] for minimum in minima})
+    of_subsets = " to ".join(f"{size:,}" for size in dict.fromkeys([*sizes[:1], *sizes[-1:]]))
+    size, workers = f"{record['data']['num_train']:,}", (stages.get("fine_tuning") or {}).get("num_workers", 1)
+    of_stages = {  # examples, workers, rounds
+        "conventional": (size, f"{config.conventional.num_workers}", "1"),
+        "trunk": (size, f"{config.trunk.num_workers}", "1"),
+        "subsets": (of_subsets, f"{len(minima)} subsets", f"{len(rounds)}"),
+        "fine_tuning": (size, f"{workers}", "1"),
     }
-    rows.append(("workers", *(workers[stage] for stage in recipes)))
-    if len(rounds) > 1:
-        rows.append(("rounds", *(str(len(rounds)) if stage == "subsets" else "1" for stage in recipes)))
+    names = ("examples", "workers", "rounds") if len(rounds) > 1 else ("examples", "workers")
+    rows += zip(names, *(of_stages[stage] for stage in recipes), strict=False)
     line = f"Seed {config.seed}; splits drawn with seed {config.data.split_seed}. The command (--fresh starts over):"
     columns = ("", *(stage.replace("_", " ") for stage in recipes))
     return Section("Recipe", columns, tuple(rows), (line, Command(command(record["config"]))))
@@ -151,7 +146,7 @@ def result(record: Record, beside: Beside) -> Section:
         f"{cost['critical_path_passes']:.2f} of them on the critical path."
     )
     lines = (sentence, *held_against(record, beside))
-    return Section(record["name"], lines=lines, plots=_drawn(story(record, beside.run)))
+    return Section(record["name"], lines=lines, plots=drawn(story(record, beside.run)))
 
 
 def _final_model(record: Record) -> Section:
@@ -178,44 +173,46 @@ def _other_values(metrics: Record, quality: Quality) -> Iterator[str]:
             yield f"{key.replace('_', ' ')} {value:.4g}"
 
 
+def _loss_and_quality(heading: str, quality: Quality, metrics_of: Callable[[Any], Record | None]) -> list[Column]:
+    """Return the columns of an item's loss and quality, empty if it has no metrics."""
+
+    def cell(show: Callable[[Record], str]) -> Callable[[Any], str]:
+        return lambda item: show(metrics) if (metrics := metrics_of(item)) else ""
+
+    loss = cell(lambda metrics: formatted(metrics["loss"]))
+    return [(heading, loss), (quality.heading, cell(lambda metrics: quality.cell(metrics[quality.name])))]
+
+
 def _stages(record: Record) -> Section:
     stages, rounds, quality = record["stages"], record["stages"].get("rounds") or [], quality_of(record)
-    cost = {row["stage"]: row for row in record["cost"]["stages"]}
-    rows: list[tuple[str, ...]] = []
-    keys = ("loss", quality.name)
-
-    def add(name: str, training: Any, validation: Any, stage: str | None = None) -> None:
-        costs = ("",) * 5
-        if stage in cost:
-            row = cost[stage]
-            costs = tuple(f"{row[key]:.2f}" for key in ("passes", "critical_path_passes"))
-            costs += tuple(f"{row[key]:.1f}" for key in ("device_s", "wall_s"))
-            costs += (
-                f"{row['passes'] * record['data']['num_train'] / row['device_s']:,.0f}" if row["device_s"] else "",
-            )
-        rows.append((name, *_pair(training, quality), *_pair(validation, quality), *costs))
-
-    for stage in ("conventional", "trunk"):
-        if work := stages.get(stage):
-            add(stage, work["training"], work["validation"], stage)
+    costs = {row["stage"]: row for row in record["cost"]["stages"]}
+    rows: list[tuple[str, str, Any]] = [(stage, stage, stages.get(stage)) for stage in ("conventional", "trunk")]
     if rounds:
         minima, aggregation = rounds[-1]["minima"], rounds[-1]["aggregation"]
-        count = "" if len(minima) == 1 else f", mean of {len(minima)}"
-        splits = [[minimum[split] for minimum in minima] for split in ("training", "validation")]
-        training, validation = (mean_metrics(metrics, quality) for metrics in splits)
-        add(f"subsets{count}", training, validation, "subsets")
-        if len(minima) > 1:
-            for name, pick in (("least", min), ("greatest", max)):
-                training, validation = ({k: pick(finite(m[k]) for m in metrics) for k in keys} for metrics in splits)
-                add(f"  {name}", training, validation)
-        add(f"aggregate, {aggregation['method']}", aggregation["training"], aggregation["validation"], "aggregation")
-        if len(minima) > 1:
-            add(f"  ensemble{_sample(aggregation)}, for reference", None, aggregation["ensemble"])
-    if work := stages.get("fine_tuning"):
-        add("fine_tuning", work["training"], work["validation"], "fine_tuning")
-    add("test", None, None, "test")
-    if "measuring" in cost:
-        add("measuring of speeds", None, None, "measuring")
+        splits = ("training", "validation")
+        means = {split: mean_metrics([minimum[split] for minimum in minima], quality) for split in splits}
+        rows.append((f"subsets{f', mean of {len(minima)}' if len(minima) > 1 else ''}", "subsets", means))
+        rows.append((f"aggregate, {aggregation['method']}", "aggregation", aggregation))
+    rows = [row for row in (*rows, ("fine_tuning", "fine_tuning", stages.get("fine_tuning"))) if row[2]]
+    rows += [(name, stage, {}) for name, stage in _WITHOUT_TRAINING.items() if stage in costs]
+
+    def of_cost(show: Callable[[Record], str]) -> Callable[[Any], str]:
+        return lambda row: show(costs[row[1]]) if row[1] in costs else ""
+
+    def examples_per_s(cost: Record) -> str:
+        num = cost["passes"] * record["data"]["num_train"]
+        return f"{num / cost['device_s']:,.0f}" if cost["device_s"] else ""
+
+    columns = (
+        ("stage", lambda row: row[0]),
+        *_loss_and_quality("training loss", quality, lambda row: row[2].get("training")),
+        *_loss_and_quality("validation loss", quality, lambda row: row[2].get("validation")),
+        ("passes", of_cost(lambda cost: f"{cost['passes']:.2f}")),
+        ("critical path", of_cost(lambda cost: f"{cost['critical_path_passes']:.2f}")),
+        ("device s", of_cost(lambda cost: f"{cost['device_s']:.1f}")),
+        ("wall s", of_cost(lambda cost: f"{cost['wall_s']:.1f}")),
+        ("examples/s", of_cost(examples_per_s)),
+    )
     lines = [
         "A pass is forward and backward over as many examples as the training set has, forward alone "
         f"{record['model']['forward_share']:.2f} of one in this network. "
@@ -229,66 +226,74 @@ def _stages(record: Record) -> Section:
         )
     if len(rounds) > 1:
         lines.insert(0, f"Costs are of all rounds, losses and qualities of round {len(rounds)}.")
-    columns = ("stage", "training loss", quality.heading, "validation loss", quality.heading, "passes", "critical path")
-    columns += ("device s", "wall s", "examples/s")
-    return Section("Stages", columns, tuple(rows), tuple(lines), _drawn(training_curves(record)))
+    curves = training_plot("training", "of each stage", [("", run_stages([record]))], loss=loss_name(record))
+    return table("Stages", rows, columns, lines, [curves])
+
+
+_WITHOUT_TRAINING = {"test": "test", "measuring of speeds": "measuring"}  # rows of stages that only cost
 
 
 def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
-    rows, quality = [], quality_of(record)
+    quality = quality_of(record)
     measured_rounds = [round for round in rounds if round["aggregation"]["validation"]]
-    for round in measured_rounds[-MOST_ROWS:]:
-        aggregation = round["aggregation"]
-        rows.append(
-            (
-                f"{round['round'] + 1}",
-                formatted(aggregation["mean_member_loss"]),
-                quality.cell(aggregation[f"mean_member_{quality.name}"]),
-                *_pair(aggregation["ensemble"], quality),
-                *_pair(aggregation["validation"], quality),
-                formatted(aggregation["barrier"], "+.4f"),
-            )
-        )
+    shown = measured_rounds[-MOST_ROWS:]
+    columns = (
+        ("round", lambda round: f"{round['round'] + 1}"),
+        *_loss_and_quality("mean member", quality, lambda round: _mean_member(round["aggregation"], quality)),
+        *_loss_and_quality("ensemble", quality, lambda round: round["aggregation"]["ensemble"]),
+        *_loss_and_quality("aggregate", quality, lambda round: round["aggregation"]["validation"]),
+        ("barrier", lambda round: formatted(round["aggregation"]["barrier"], "+.4f")),
+    )
     lines = []
-    if left_out := len(measured_rounds) - len(rows):
+    if left_out := len(measured_rounds) - len(shown):
         lines.append(f"The first {left_out} of the measured rounds are in report.json.")
     if unmeasured := len(rounds) - len(measured_rounds):
         lines.append(f"{unmeasured} of {len(rounds)} rounds were not measured (rounds.evaluate_every).")
-    names = [name for of in ("mean member", "ensemble", "aggregate") for name in (of, quality.heading)]
-    title = f"Rounds, validation loss and {quality.name}"
-    return Section(title, ("round", *names, "barrier"), tuple(rows), tuple(lines), _drawn(rounds_losses(record)))
+    return table(f"Rounds, validation loss and {quality.name}", shown, columns, lines, [rounds_losses(record)])
 
 
-def _sample(aggregation: Record) -> str:
-    """Return on how many examples the ensemble was measured; "" if on all."""
-    num, of = (aggregation[name]["num_examples"] for name in ("ensemble", "best_member"))
-    return "" if num == of else f" on {num:,} of {of:,} examples"
+def _mean_member(aggregation: Record, quality: Quality) -> Record:
+    return {name: aggregation[f"mean_member_{name}"] for name in ("loss", quality.name)}
 
 
 def _minima(record: Record, rounds: Sequence[Record]) -> Section:
-    minima, quality = rounds[-1]["minima"], quality_of(record)
-    has_law = is_least_squares(record)
-    columns = ("subset", "Q", "examples", "own loss", "validation loss", "gap", quality.heading, "ended by")
+    minima, quality, has_law = rounds[-1]["minima"], quality_of(record), is_least_squares(record)
+
+    def ratio(minimum: Record) -> float:
+        own_loss = finite(minimum["training"]["loss"])
+        return finite(minimum["validation"]["loss"]) / own_loss if own_loss else math.inf
+
+    def law(minimum: Record) -> float:
+        q = minimum["overdetermination_ratio"]
+        return (q + 1) / (q - 1) if q > 1 else math.inf
+
+    def column(heading: str, value: Callable[[Record], float], show: Callable[[float], str]) -> Column:
+        return heading, lambda row: show(row[1](map(value, row[2])))
+
+    columns = [
+        ("subset", lambda row: row[0]),
+        column("Q", lambda m: m["overdetermination_ratio"], "{:.2f}".format),
+        column("examples", lambda m: m["num_examples"], "{:.0f}".format),
+        column("own loss", lambda m: finite(m["training"]["loss"]), "{:.4f}".format),
+        column("validation loss", lambda m: finite(m["validation"]["loss"]), "{:.4f}".format),
+        column("gap", lambda m: finite(m["validation"]["loss"]) - finite(m["training"]["loss"]), "{:+.4f}".format),
+        column(quality.heading, lambda m: finite(m["validation"][quality.name]), quality.cell),
+        ("ended by", lambda row: row[3]),
+    ]
     if has_law:
-        columns += ("validation / own loss", "(Q+1)/(Q-1)")
+        columns.append(column("validation / own loss", ratio, "{:.2f}".format))
+        columns.append(column("(Q+1)/(Q-1)", law, lambda value: formatted(value, ".2f", none="none: Q ≤ 1")))
     if len(minima) <= MOST_ROWS:
-        rows = [_minimum_row(f"{m['subset_id']}", _figures(m, quality), m["outcome"], has_law, quality) for m in minima]
+        rows = [(f"{minimum['subset_id']}", max, [minimum], minimum["outcome"]) for minimum in minima]
     else:
-        figures = [_figures(minimum, quality) for minimum in minima]
         outcomes = ", ".join(f"{num} × {name}" for name, num in Counter(m["outcome"] for m in minima).items())
-        rows = []
-        for name, pick in (("mean", fmean), ("least", min), ("greatest", max)):
-            picked = [pick(values) for values in zip(*figures, strict=True)]
-            outcome = outcomes if name == "mean" else ""
-            rows.append(_minimum_row(f"{name} of {len(minima)}", picked, outcome, has_law, quality))
-    title = "Minima" if len(rounds) == 1 else f"Minima of round {len(rounds)}"
+        picks = (("mean", fmean, outcomes), ("least", min, ""), ("greatest", max, ""))
+        rows = [(f"{name} of {len(minima)}", pick, minima, outcome) for name, pick, outcome in picks]
     lines = [
         "The gap is validation loss less the loss on the minimum's own subset, both measured without augmentation."
     ]
     if slots := record["decisions"].get("slots"):
-        speeds = ", ".join(
-            f"{kind} {speed:.4g}" for kind, speed in {slot["kind"]: slot["speed"] for slot in slots}.items()
-        )
+        speeds = ", ".join(f"{kind} {speed:.4g}" for kind, speed in {s["kind"]: s["speed"] for s in slots}.items())
         lines.append(
             f"Sizes follow the speed of the nodes ({speeds}), so that all finish together; the critical path counts "
             "passes, as if all were equally fast."
@@ -298,35 +303,18 @@ def _minima(record: Record, rounds: Sequence[Record]) -> Section:
             "(Q+1)/(Q-1) is the ratio that least squares has at its exact minimum and with fixed inputs; a network "
             "that stopped before its minimum may have another."
         )
-    return Section(title, columns, tuple(rows), tuple(lines), _drawn(minima_losses(record), gap_over_q(record)))
-
-
-def _figures(minimum: Record, quality: Quality) -> list[float]:
-    """Return Q, examples, own loss, validation loss, gap, quality, ratio of the losses, and the ratio by the law."""
-    training, validation = finite(minimum["training"]["loss"]), finite(minimum["validation"]["loss"])
-    q = minimum["overdetermination_ratio"]
-    ratio = validation / training if training else float("inf")
-    law = (q + 1) / (q - 1) if q > 1 else float("inf")
-    value = finite(minimum["validation"][quality.name])
-    return [q, minimum["num_examples"], training, validation, validation - training, value, ratio, law]
-
-
-def _minimum_row(name: str, figures: Sequence[float], outcome: str, has_law: bool, quality: Quality) -> tuple[str, ...]:
-    q, num, training, validation, gap, value, ratio, law = figures
-    row = (name, f"{q:.2f}", f"{num:.0f}", f"{training:.4f}", f"{validation:.4f}", f"{gap:+.4f}")
-    row += (quality.cell(value), outcome)
-    return (*row, f"{ratio:.2f}", f"{law:.2f}" if law != float("inf") else "none: Q ≤ 1") if has_law else row
+    title = "Minima" if len(rounds) == 1 else f"Minima of round {len(rounds)}"
+    return table(title, rows, columns, lines, [minima_losses(record), gap_over_q(record)])
 
 
 def _aggregation(record: Record, last: Record) -> Section:
-    aggregation, minima, quality = last["aggregation"], last["minima"], quality_of(record)
-    config = _config(record)
+    aggregation, quality, config = last["aggregation"], quality_of(record), _config(record)
     has_outer_step = config is not None and config.rounds.has_outer_step()
-    mean_member = {name: aggregation[f"mean_member_{name}"] for name in ("loss", quality.name)}
+    num, of = (aggregation[name]["num_examples"] for name in ("ensemble", "best_member"))
     models = {
         "best member": aggregation["best_member"],
-        "mean member": mean_member,
-        f"ensemble of predictions{_sample(aggregation)}": aggregation["ensemble"],
+        "mean member": _mean_member(aggregation, quality),
+        f"ensemble of predictions{'' if num == of else f' on {num:,} of {of:,} examples'}": aggregation["ensemble"],
     }
     if aggregation["method"] != "uniform_soup" or has_outer_step:
         models["plain mean of all"] = aggregation["uniform_mean"]
@@ -334,7 +322,7 @@ def _aggregation(record: Record, last: Record) -> Section:
     models[f"aggregate: {aggregation['method']}{step}"] = aggregation["validation"]
     subset_ids, coefficients = aggregation["subset_ids"], aggregation["coefficients"]
     members = listed([f"{subset}" for subset in subset_ids], most=MOST_ROWS)
-    text = f"Members: {members} ({len(subset_ids)} of {len(minima)})"
+    text = f"Members: {members} ({len(subset_ids)} of {len(last['minima'])})"
     if len(set(coefficients)) > 1:
         text += ", weighted " + listed([f"{share:.3f}" for share in coefficients], most=MOST_ROWS)
     if aggregation["tried"]:
@@ -350,26 +338,27 @@ def _aggregation(record: Record, last: Record) -> Section:
         text = "the members do not share a start, so their plain mean may be meaningless."
         lines.append(Note(text, is_warning=True))
     title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"
-    columns, plots = ("on validation data", "loss", quality.heading), _drawn(aggregation_losses(record))
-    rows = tuple((name, *_pair(metrics, quality)) for name, metrics in models.items())
-    return Section(title, columns, rows, tuple(lines), plots if len(minima) > 1 else ())
+    columns = [("on validation data", lambda row: row[0]), *_loss_and_quality("loss", quality, lambda row: row[1])]
+    return table(title, models.items(), columns, lines, [aggregation_losses(record)])
 
 
 def _candidates(aggregation: Record, quality: Quality) -> Section:
     """Show the candidates that auto tried."""
-    rows, candidates = [], aggregation["candidates"]
-    for candidate in candidates:
-        method, validation = candidate["method"], candidate["validation"]
-        cost = (f"{candidate['cost']['num_forward']:,}", f"{candidate['cost']['device_s']:.1f}")
-        metrics = ("refused", "") if validation is None else _pair(validation, quality)
-        rows.append((f"{method}, taken" if method == aggregation["method"] else method, *metrics, *cost))
+    candidates, taken = aggregation["candidates"], aggregation["method"]
+    loss, value = _loss_and_quality("validation loss", quality, lambda candidate: candidate["validation"])
+    columns = (
+        ("tried by auto", lambda candidate: f"{candidate['method']}{', taken' * (candidate['method'] == taken)}"),
+        (loss[0], lambda candidate: loss[1](candidate) or "refused"),
+        value,
+        ("forward examples", lambda candidate: f"{candidate['cost']['num_forward']:,}"),
+        ("seconds", lambda candidate: f"{candidate['cost']['device_s']:.1f}"),
+    )
     lines = (
         *(f"{candidate['method']} was refused: {candidate['error']}" for candidate in candidates if candidate["error"]),
         "Forward examples and seconds are of building and scoring a candidate; the subsets' actors computed the "
         "statistics that fisher and regmean need, which are counted there.",
     )
-    columns = ("tried by auto", "validation loss", quality.heading, "forward examples", "seconds")
-    return Section("Candidates", columns, tuple(rows), lines)
+    return table("Candidates", candidates, columns, lines)
 
 
 def _costs(record: Record) -> Section:
@@ -381,8 +370,7 @@ def _costs(record: Record) -> Section:
         ("  training that led to the result", f"{training:.2f}", f"planned: up to {record['planned_passes']:.2f}"),
         ("  the rest", f"{total - training:.2f}", "evaluation, batch-norm statistics, candidates, repeated work"),
     ]
-    attempts = sum(row["num_attempts"] for row in cost["stages"])
-    lost = sum(row["num_lost"] for row in cost["stages"])
+    attempts, lost = (sum(row[key] for row in cost["stages"]) for key in ("num_attempts", "num_lost"))
     if lost:
         text = f"{lost} of {attempts} attempts were lost or failed; the next may have resumed from their checkpoints"
         rows.append(("  in lost attempts", f"{cost['lost_passes']:.2f}", text))
@@ -391,30 +379,22 @@ def _costs(record: Record) -> Section:
         ("device-seconds", f"{cost['device_s']:.1f}", "devices held while at work"),
         ("seconds on the critical path", f"{cost['critical_path_s']:.1f}", "if every subset had a device of its own"),
         ("bytes sent", bytes_in_words(cost["num_network_bytes"]), "files, gradients, start weights, the data set"),
-        *_peak_memory(record),
-        ("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"),
     ]
+    peaks = [work["peak_bytes"] for *_, work in works_of(record) if "peak_bytes" in work]  # not of earlier versions
+    for place, of in (("host", "resident, with all that it read of the object store"), ("card", "allocated by torch")):
+        if most := max((peak[place] for peak in peaks if place in peak), default=0):
+            text = f"of the training process with the most; {of}"
+            rows.append((f"peak memory, {place}", bytes_in_words(most), text))
+    rows.append(("wall seconds", f"{seconds['wall']:.1f}", f"of which {seconds['startup']:.1f} before the first stage"))
     lines = []
     if lacking := cost.get("lacking"):
         entries = f"{len(lacking)} damaged entries" if len(lacking) > 1 else "a damaged entry"
         lines.append(f"The ledger has {entries}, so costs are a lower bound: {', '.join(lacking[:3])}.")
     if traces := record.get("traces"):
         lines.append(f"Traces of some steps, for Perfetto, in this run's directory: {', '.join(traces)}.")
-    if seconds["num_sessions"] > 1:
-        num = seconds["num_sessions"]
+    if (num := seconds["num_sessions"]) > 1:
         lines.append(f"This run was resumed: wall seconds are of its {num} sessions; those of stages count the pauses.")
-    return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines), _drawn(costs_by_stage(record)))
-
-
-def _peak_memory(record: Record) -> Iterator[tuple[str, str, str]]:
-    """Yield rows with the most memory that a training process has had; records of earlier versions may have none."""
-    peaks = [work["peak_bytes"] for *_, work in trainings(record) if "peak_bytes" in work]
-    for place, text in (
-        ("host", "resident, with all that it read of the object store"),
-        ("card", "allocated by torch"),
-    ):
-        if most := max((peak[place] for peak in peaks if place in peak), default=0):
-            yield f"peak memory, {place}", bytes_in_words(most), f"of the training process with the most; {text}"
+    return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines), drawn(costs_by_stage(record)))
 
 
 def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], str] | None = None) -> str:
@@ -422,8 +402,3 @@ def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], s
     text = with_error(metrics, quality, show or quality.phrase)
     is_count = quality.name == "accuracy" and "num_correct" in metrics
     return f"{text} ({metrics['num_correct']} of {metrics['num_examples']})" if is_count else text
-
-
-def _pair(metrics: Record | None, quality: Quality) -> tuple[str, str]:
-    """Return loss and quality as two cells."""
-    return ("", "") if metrics is None else (formatted(metrics["loss"]), quality.cell(metrics[quality.name]))

@@ -7,19 +7,18 @@ from typing import Any
 from raysubset.config import flatten
 from raysubset.events import Note
 from raysubset.quality import quality_of
+from raysubset.report.curves import run_stages, training_plot
 from raysubset.report.drawing import Chart, Plot, colour_of
 from raysubset.report.figures import (
     Record,
     difference,
     finite,
     loss_name,
-    passes_by_epoch,
     standard_error,
-    trainings,
     with_error,
 )
 from raysubset.report.page import Page, write_file
-from raysubset.report.parts import Line, Section
+from raysubset.report.parts import Line, Section, drawn
 from raysubset.report.reading import read_report
 
 _OF_THE_PLACE = ("name", "storage_path")  # settings that the runs' names already show
@@ -92,8 +91,9 @@ def several_sections(records: Sequence[Record]) -> list[Section]:
     different = tuple(
         (key, *cells) for key in keys if len(set(cells := [_value(config, key) for config in configs])) > 1
     )
-    plots = (_quality(records), _curves(records))
-    runs = Section("Runs side by side", ("", *names), rows, tuple(lines), plots)
+    panels = [(name, run_stages([record])) for name, record in zip(names, records, strict=True)]
+    curves = training_plot("training_of_runs", "of each run", panels, loss="loss")
+    runs = Section("Runs side by side", ("", *names), rows, tuple(lines), drawn(_quality(records), curves))
     if different:
         return [runs, Section("Settings that differ", ("", *names), different)]
     return [runs, Section("Settings that differ", lines=("None but name and place.",))]
@@ -150,27 +150,3 @@ def _quality(records: Sequence[Record]) -> Plot:
     bars = " (bars: standard error)" if has_bars else ""
     caption = f"Test {quality.name}{bars} over passes: filled in total, hollow on the critical path."
     return Plot("runs_quality", caption, (chart,))
-
-
-def _curves(records: Sequence[Record]) -> Plot:
-    """Draw the validation loss at the end of each stage."""
-    names, chart = _names(records), Chart("passes of training so far, in total", "validation loss", log="y")
-    chart.size, colours = (440, 300), colour_of(names)
-    for name, record in zip(names, records, strict=True):
-        chart.line(_validation(record), colours[name], name, marker="o")
-    caption = "Validation loss of the trunk, of each round's aggregate and of the final model, over passes of training."
-    return Plot("runs_validation", caption, (chart,))
-
-
-def _validation(record: Record) -> list[tuple[float, float]]:
-    """Return (passes of training so far, validation loss) at the end of each stage that measures one model."""
-    num_train, passes = record["data"]["num_train"], 0.0
-    rounds = record["stages"].get("rounds") or ()
-    points = {}
-    for stage, round, _, work in trainings(record):
-        passes += sum(passes_by_epoch(work, num_train)[-1:])
-        is_of_round = stage in ("subsets", "subsamples")
-        validation = rounds[round]["aggregation"]["validation"] if is_of_round else work["validation"]
-        if validation:
-            points["round" if is_of_round else stage, round] = (passes, finite(validation["loss"]))
-    return list(points.values())

@@ -222,5 +222,5 @@ def training_of_settings(record: Record, reports: Mapping[str, Record]) -> Plot 
     shown = [panel for loss, panel in panels if loss <= limit][:_MOST_SETTINGS]
     what = "of each setting" if len(shown) == len(panels) else f"of the best {len(shown)} of {len(panels)} settings"
     names = {loss_name(report) for report in reports.values()}
-    words = (what, "the n seeds that finished")
-    return training_plot("training_of_settings", *words, shown, loss="loss" if len(names) > 1 else names.pop())
+    loss = "loss" if len(names) > 1 else names.pop()
+    return training_plot("training_of_settings", what, shown, loss=loss, seeds="the n seeds that finished")
