@@ -5,10 +5,12 @@ for check in examine(config):
 """
 
 import heapq
+import math
 import platform
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
 
 from raysubset.cluster import (
     call_on_cluster,
@@ -37,6 +39,8 @@ from raysubset.work.identity import identify
 
 MEASURE_TIMEOUT_S = 60.0  # for a slot to become free and for the measurement
 
+Found = TypeVar("Found")
+
 
 @dataclass(frozen=True)
 class Check:
@@ -47,62 +51,48 @@ class Check:
     text: str
 
 
+Checks = Generator[Check, None, Found]
+
+
 def examine(config: Config) -> Iterator[Check]:
     """Check everything that a run of this config needs, in the order in which the run would need it.
 
-    No part of the run is started. Ray is started or connected to, and left again at the end. An unexpected error is
-    yielded as the last check, failed.
+    No part of the run is started. Ray is started or connected to, and left again at the end. An error of any kind, of
+    the user's model, of storage or of Ray, is yielded as a failed check: a run would meet it too.
     """
-    try:
-        yield from _examine(config)
-    except Exception as error:  # of the user's model, of storage, of Ray: a run would meet every kind too
-        yield Check("the next check", False, f"it was not possible: {_why(error)}")
-
-
-def _examine(config: Config) -> Iterator[Check]:
-    versions = environment()
-    packages = ", ".join(f"{name} {version}" for name, version in versions["packages"].items())
-    yield Check(
-        "config", True, f"{config.method} of {config.model.name} on {config.data.name}, run {config.run_name()}"
-    )
-    yield Check("versions", True, f"Python {platform.python_version()}, {packages}, commit {versions['commit'] or '?'}")
-    directory = RunDirectory(config.storage_path, config.run_name())
-    full_set = yield from _data(config)
-    plan = None
+    yield from _tried("config", _config(config))
+    full_set, plan = (yield from _tried("data", _data(config))), None
     if full_set is None:
         yield Check("model", None, "not checked: without data its inputs and outputs are not known")
     else:
-        plan = yield from _model(config, full_set)
-    yield from _storage(config, directory, full_set)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(connected(config.cluster))
-        except (ValueError, RuntimeError, OSError) as error:
-            yield Check("Ray", False, _why(error))
-            yield Check("placement, memory and time", None, "not checked: there is no cluster")
-            return
-        num_gpus = yield from _nodes(config, directory)
-        slots = yield from _placement(config, plan, num_gpus)
-        if full_set is None or plan is None:
-            yield Check("memory and time", None, "not checked: they depend on data and model")
-            return
-        if config.method == "subset_pretraining" and config.subsets.shares != "equal":
-            yield from _sizes(config, full_set, plan, num_gpus)
-        try:
-            num_bytes = actor_bytes(config, full_set, plan)
-        except Exception as error:  # the user's model, in training mode for the first time
-            yield Check("memory", False, f"a forward pass in training mode failed: {_why(error)}")
-            return
-        yield from _memory(full_set, num_bytes)
-        yield from _time(config, full_set, plan, num_gpus=num_gpus, slots=slots, num_bytes=num_bytes)
+        plan = yield from _tried("model and subsets", _model(config, full_set))
+    directory = yield from _tried("storage", _storage(config))
+    if directory is not None:
+        yield from _tried("earlier run", _earlier_run(config, directory, full_set))
+    if not (yield from _tried("Ray", _cluster(config, full_set, plan))):
+        yield Check("placement, memory and time", None, "not checked: there is no cluster")
 
 
-def _data(config: Config) -> Generator[Check, None, FullSet | None]:
+def _tried(name: str, checks: Checks[Found]) -> Checks[Found | None]:
+    """Yield the checks and return what they find; if one raises, yield a failed check and return None."""
     try:
-        full_set = load_full_set(*config.learned)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        yield Check("data", False, _why(error))
+        return (yield from checks)
+    except Exception as error:
+        cause = getattr(error, "cause", None) or error  # if a task raised it
+        yield Check(name, False, " ".join(str(cause).split()) if isinstance(cause, ValueError) else one_line(cause))
         return None
+
+
+def _config(config: Config) -> Checks[None]:
+    versions = environment()
+    packages = ", ".join(f"{name} {version}" for name, version in versions["packages"].items())
+    text = f"{config.method} of {config.model.name} on {config.data.name}, run {config.run_name()}"
+    yield Check("config", True, text)
+    yield Check("versions", True, f"Python {platform.python_version()}, {packages}, commit {versions['commit'] or '?'}")
+
+
+def _data(config: Config) -> Checks[FullSet]:
+    full_set = load_full_set(*config.learned)
     sizes = f"{len(full_set.train)} to train on, {len(full_set.validation)} validation, {len(full_set.test)} test"
     description = ", ".join(f"{name} {value}" for name, value in full_set.task.describe().items())
     yield Check("data", True, f"{full_set.name}: {sizes}; {full_set.task.name}: {description}".replace("_", " "))
@@ -111,12 +101,8 @@ def _data(config: Config) -> Generator[Check, None, FullSet | None]:
     return full_set
 
 
-def _model(config: Config, full_set: FullSet) -> Generator[Check, None, Plan | None]:
-    try:
-        plan = make_plan(config, full_set)
-    except (ValueError, RuntimeError, ImportError) as error:
-        yield Check("model and subsets", False, _why(error))
-        return None
+def _model(config: Config, full_set: FullSet) -> Checks[Plan]:
+    plan = make_plan(config, full_set)
     name = architecture(config.model, full_set.spec).name
     yield Check("model", True, f"{name} builds, {plan.num_parameters:,} parameters")
     for note in plan.advice:
@@ -124,43 +110,56 @@ def _model(config: Config, full_set: FullSet) -> Generator[Check, None, Plan | N
     return plan
 
 
-def _storage(config: Config, directory: RunDirectory, full_set: FullSet | None) -> Iterator[Check]:
-    try:
-        directory.check_writable()
-    except ValueError as error:
-        yield Check("storage", False, str(error))
-        return
+def _storage(config: Config) -> Checks[RunDirectory]:
+    directory = RunDirectory(config.storage_path, config.run_name())
+    directory.check_writable()
     yield Check("storage", True, f"{directory.uri} can be written")
-    try:
-        yield _earlier_run(config, directory, full_set)
-    except ValueError as error:  # the run is of a newer version, of other data or code, or is being written
-        yield Check("earlier run", False, str(error))
+    return directory
 
 
-def _earlier_run(config: Config, directory: RunDirectory, full_set: FullSet | None) -> Check:
-    """Report what exists under the run's name, and what a run would do with it.
-
-    Raises:
-        ValueError: if a run would refuse it.
-    """
+def _earlier_run(config: Config, directory: RunDirectory, full_set: FullSet | None) -> Checks[None]:
+    """Report what exists under the run's name, and what a run would do with it. Raise what a run would raise."""
     if not directory.exists(CONFIG_PATH):
         if paths := directory.list(recursive=True):
             text = f"{directory.uri} holds {paths[0]} but no {CONFIG_PATH}, so it is no run: choose another --name"
-            return Check("earlier run", False, text)
-        return Check("earlier run", True, "none of this name: a new run would start")
+            yield Check("earlier run", False, text)
+        else:
+            yield Check("earlier run", True, "none of this name: a new run would start")
+        return
     with Lease(directory):
         recorded_config = directory.recorded_config()
     if recorded_config is None:
-        return Check("earlier run", True, "one that is partly deleted: a new run would start")
+        yield Check("earlier run", True, "one that is partly deleted: a new run would start")
+        return
     directory.refuse_other_config(recorded_config, config.to_dict())
     if full_set is not None:
         directory.refuse_changed(identify([config], {config.learned: full_set}, directory.read_identity()))
     if directory.exists(REPORT_PATH):
-        return Check("earlier run", None, "finished: `raysubset run` would print its report (--fresh starts over)")
-    return Check("earlier run", True, "unfinished: `raysubset run` would resume it")
+        yield Check("earlier run", None, "finished: `raysubset run` would print its report (--fresh starts over)")
+    else:
+        yield Check("earlier run", True, "unfinished: `raysubset run` would resume it")
 
 
-def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, float]:
+def _cluster(config: Config, full_set: FullSet | None, plan: Plan | None) -> Checks[bool]:
+    """Check what depends on the cluster. Return True once it is connected to."""
+    with connected(config.cluster):
+        num_gpus = yield from _tried("nodes", _nodes(config))
+        if num_gpus is None:
+            return True
+        slots = yield from _tried("placement", _placement(config, plan, num_gpus))
+        if full_set is None or plan is None:
+            yield Check("memory and time", None, "not checked: they depend on data and model")
+            return True
+        if config.method == "subset_pretraining" and config.subsets.shares != "equal":
+            yield from _tried("subsets", _sizes(config, full_set, plan, num_gpus))
+        num_bytes = yield from _tried("a forward pass in training mode", _memory(config, full_set, plan))
+        if num_bytes is not None and slots is not None:
+            time = _time(config, full_set, plan, num_gpus=num_gpus, slots=slots, num_bytes=num_bytes)
+            yield from _tried("training on a subset", time)
+    return True
+
+
+def _nodes(config: Config) -> Checks[float]:
     """Check the nodes; return the GPUs of an actor, as a run would decide them."""
     types = node_types()
     words = [
@@ -169,9 +168,9 @@ def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, fl
     ]
     address = config.cluster.address or "a new cluster on this machine, or the one this job was submitted to"
     yield Check("Ray", True, f"connected ({address}): {'; '.join(words) or 'no nodes'}")
-    num_nodes = sum(t.num_alive + t.num_startable for t in types)
-    if directory.local_path and num_nodes > 1:
-        text = f"{directory.storage_path} is a local path and the cluster has several nodes: it must be mounted on all"
+    is_local = RunDirectory(config.storage_path, config.run_name()).local_path is not None
+    if is_local and sum(t.num_alive + t.num_startable for t in types) > 1:
+        text = f"{config.storage_path} is a local path and the cluster has several nodes: it must be mounted on all"
         yield Check("storage", None, f"{text} of them, or give a URI (s3://…, gs://…)")
     events: list[Event] = []
     num_gpus = num_gpus_of(config.actors, events.append)
@@ -180,7 +179,7 @@ def _nodes(config: Config, directory: RunDirectory) -> Generator[Check, None, fl
     return num_gpus
 
 
-def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[Check, None, int]:
+def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Checks[int]:
     """Check that everything the run requests can be placed; return how many actors can run at a time now."""
     request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
     slots = num_slots(request, startable=False)
@@ -190,14 +189,10 @@ def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[
     most = most_tuners(config, plan, request, startable=False) if plan else 1  # auto: a run decides on so many at most
     stages = workers_of_stages(config, of_fine_tuning=tuning.min_workers or tuning.workers(auto=most))
     num_workers = {stage: num for stage, num in stages.items() if stage != "subsets"}
-    try:
-        refuse_what_has_no_place(config, None)
-        for stage, num in num_workers.items():
-            if config.data.streamed and (num > 1 or stage == "fine_tuning"):  # else an actor reads by itself
-                refuse_without_readers(config, stage, num_workers=num)
-    except ValueError as error:
-        yield Check("placement", False, str(error))
-        return at_a_time
+    refuse_what_has_no_place(config, None)
+    for stage, num in num_workers.items():
+        if config.data.streamed and (num > 1 or stage == "fine_tuning"):  # else an actor reads by itself
+            refuse_without_readers(config, stage, num_workers=num)
     workers = "".join(f"; {stage} requests {num} at once" for stage, num in num_workers.items())
     text = f"an actor or Ray Train worker requests {describe(request)}; {slots} fit on the current nodes if empty"
     yield Check("placement", True, f"{text}; {num_actors} actors are needed, {at_a_time} run at a time{workers}")
@@ -209,91 +204,67 @@ def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Generator[
     return at_a_time
 
 
-def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> Iterator[Check]:
+def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> Checks[None]:
     """Report the sizes of unequal subsets, as far as they are known without measuring."""
     speeds = config.subsets.speeds()
     if speeds is None:
         yield Check("subsets", None, "their sizes will follow speed: a run times each kind of node that is up, once")
         return
     request, num = {"CPU": config.actors.num_cpus, "GPU": num_gpus}, len(plan.subsets)
-    try:
-        slots = weighted_slots(node_types(), request, speeds, most=min(num, config.actors.max_num or num))
-        plan = make_plan(config, full_set, shares=shares(slots, num))
-    except ValueError as error:
-        yield Check("subsets", False, str(error))
-        return
+    slots = weighted_slots(node_types(), request, speeds, most=min(num, config.actors.max_num or num))
+    plan = make_plan(config, full_set, shares=shares(slots, num))
     yield Check("subsets", None, in_words(slots, [len(subset.indices) for subset in plan.subsets]))
 
 
-def _memory(full_set: FullSet, num_bytes: int) -> Iterator[Check]:
+def _memory(config: Config, full_set: FullSet, plan: Plan) -> Checks[int]:
+    """Check the memory of nodes; return the bytes of an actor's tensors."""
+    num_bytes = actor_bytes(config, full_set, plan)  # calls the user's model in training mode for the first time
     table, store = full_set.num_bytes, object_store_bytes()
     text = f"the data set takes {bytes_in_words(table)} of each node's object store"
     yield Check("memory", None if table > 0.8 * store else True, f"{text}; the smallest has {bytes_in_words(store)}")
     text = f"an actor's examples, weights, optimizer state and activations take some {bytes_in_words(num_bytes)}"
     yield Check("memory", True, f"{text}; torch itself (some 0.5 GB) comes on top")
+    return num_bytes
 
 
 def _time(
     config: Config, full_set: FullSet, plan: Plan, *, num_gpus: float, slots: int, num_bytes: int
-) -> Iterator[Check]:
+) -> Checks[None]:
     if not slots:
         yield Check("time", None, "not measured: nothing fits on the nodes that are alive")
         return
-    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-    indices, reference = plan.subsets[0].indices, put_once(full_set)
     try:
         speed: MeasuredSpeed = call_on_cluster(
             measure_speed,
-            reference,
+            put_once(full_set),
             config,
-            indices,
+            plan.subsets[0].indices,
             num_gpus,
-            request=request,
+            request={"CPU": config.actors.num_cpus, "GPU": num_gpus},
             tell=lambda event: None,
             timeout_s=MEASURE_TIMEOUT_S,
         )
     except TimeoutError as error:
         yield Check("time", None, f"not measured: {error}")
         return
-    except Exception as error:  # of the user's model or data: a run would meet it too
-        yield Check("time", False, f"training on a subset failed: {_why(error)}")
-        return
     if speed.card_bytes is not None:
         warning = memory_warning(num_bytes, speed.card_bytes, num_gpus=num_gpus, most_actors=slots)
         fits = f"the actors of a card fit in its {bytes_in_words(speed.card_bytes)}"
         yield Check("memory", warning is None, warning or fits)
     per_s = speed.examples_per_s
-    seconds = training_s(config, plan, len(full_set.train), per_s=per_s, num_slots=slots)
-    text = f"one actor trains on {per_s:,.0f} examples/s: {plan.passes:.2f} passes in {_duration(seconds)} with "
-    yield Check("time", True, f"{text}{slots} at a time; start-up, evaluation and sharing a machine come on top")
+    seconds = math.ceil(training_s(config, plan, len(full_set.train), per_s=per_s, num_slots=slots))
+    text = f"one actor trains on {per_s:,.0f} examples/s: {plan.passes:.2f} passes in {timedelta(seconds=seconds)} "
+    yield Check("time", True, f"{text}h with {slots} at a time; start-up, evaluation and sharing a machine come on top")
 
 
 def training_s(config: Config, plan: Plan, num_train: int, *, per_s: float, num_slots: int) -> float:
     """Return the seconds of training with `num_slots` actors at a time, each subset given to the first free one."""
     if config.method == "conventional":
         return plan.passes * num_train / per_s / config.conventional.num_workers
-    longest = _makespan([len(subset.indices) for subset in plan.subsets], num_slots)
-    subsets = config.rounds.num * config.minimize.epochs * longest
+    free_at = [0] * num_slots
+    for subset in plan.subsets:
+        heapq.heapreplace(free_at, free_at[0] + len(subset.indices))
+    subsets = config.rounds.num * config.minimize.epochs * max(free_at)
     num_workers = config.fine_tuning.workers(auto=num_slots)
     full_set_epochs = config.trunk.epochs / config.trunk.num_workers + config.fine_tuning.epochs / num_workers
     return (subsets + full_set_epochs * num_train) / per_s
-
-
-def _makespan(sizes: Sequence[int], num_slots: int) -> int:
-    """Return when the last piece ends, if each starts in order on the first free slot."""
-    free_at = [0] * num_slots
-    for size in sizes:
-        heapq.heapreplace(free_at, free_at[0] + size)
-    return max(free_at)
-
-
-def _why(error: BaseException) -> str:
-    """Return the error in one line; if a task raised it, its cause."""
-    cause = getattr(error, "cause", None) or error
-    return " ".join(str(cause).split()) if isinstance(cause, ValueError) else one_line(cause)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 1 else "less than a second"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
