@@ -354,7 +354,7 @@ def test_the_page_and_its_plot_lie_in_the_sweeps_directory(tmp_path: Path) -> No
     assert page == tmp_path / "a-sweep/report/report.html"
     assert "within one standard error of the best: 100 examples" in page.read_text()
     assert "Before and after fine-tuning" in page.read_text()
-    assert "n = 2 seeds; bars: standard error over seeds" in page.read_text()
+    assert "n = 2 seeds, bars: standard error over seeds" in page.read_text()
     assert "raysubset sweep --seeds 2 --sizes 100 400 5000 --name a-sweep" in page.read_text()
     record = read_report(str(tmp_path / "a-sweep"))
     record["trials"][-1]["state"] = "pruned"

@@ -11,8 +11,8 @@ from raysubset.costs import bytes_in_words
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
 from raysubset.report.commands import command
-from raysubset.report.curves import arm_stages, needed_legs, training_plot
-from raysubset.report.drawing import COLOURS, GREY, Axis, Chart, Plot, colour_of
+from raysubset.report.curves import arm_stages, needed_legs, quality_chart, training_plot
+from raysubset.report.drawing import COLOURS, GREY, Chart, Plot
 from raysubset.report.figures import Record, finite, formatted, loss_name
 from raysubset.report.parts import Command, Line, Section, table
 
@@ -28,7 +28,6 @@ _NAMES = {  # arms by their letters in --arms
     "I": "data-parallel",
 }
 _FEWEST_SEEDS = 3  # for an interval: that of two seeds is wider than the axis
-_MARKERS = "osD"
 _COST = {"total": "passes", "critical_path": "critical_path_passes"}
 CLOCKS = {"total": "passes in total", "critical_path": "passes on the critical path"}
 
@@ -287,77 +286,57 @@ def _tuning(record: Record) -> Section:
 # Plots
 
 
-def _quality_plot(record: Record, clock: str) -> Plot | None:
-    """Draw each arm's test quality over passes, in total or on the critical path; None if there is one cost only."""
-    quality = quality_of(record)
-    chart = Chart(CLOCKS[clock], f"test {quality.label}", log="x", size=(440, 320))
-    styles = _styles(record)
-    costs, has_bars = set(), False
+def _quality_plot(record: Record, clock: str) -> Plot:
+    """Draw each arm's test quality over passes, in total or on the critical path."""
+    quality, styles, arms = quality_of(record), _styles(record), []
     for arm in record["arms"]:
-        means = sorted((point["mean"] for point in arm["points"] if point["mean"]), key=itemgetter(_COST[clock]))
-        if not means:
-            continue
-        arm_costs = [mean[_COST[clock]] for mean in means]
-        costs.update(arm_costs)
-        measured = [[quality.scale * value for value in mean_and_half(mean, quality)] for mean in means]
-        has_ends = all(math.isfinite(half) for _, half in measured)
-        bars = [(value - half, value + half) for value, half in measured] if has_ends else []
-        has_bars = has_bars or has_ends
-        dash, style = "" if arm["role"] == "candidate" else "5 3", styles[arm["key"]]
-        points = [(cost, value) for cost, (value, _) in zip(arm_costs, measured, strict=True)]
-        chart.line(points, label=arm_name(arm["key"]), dash=dash, bars=bars, **style)
-        chart.y.values = [value for value in chart.y.values if not quality.is_share or -2 <= value <= 102]
-    if len(costs) < 2:
-        return None
-    target = quality.scale * record["conventional"][f"target_{quality.name}"]
-    chart.across(target, GREY, "as good")
-    bars = "; bars: 95 % intervals by Student's t, cut at the plot's edge" if has_bars else ""
+        means = (point["mean"] for point in arm["points"] if point["mean"])
+        points = sorted((mean[_COST[clock]], *mean_and_half(mean, quality)) for mean in means)
+        dash = "" if arm["role"] == "candidate" else "5 3"
+        arms.append((arm_name(arm["key"]), points, {**styles[arm["key"]], "dash": dash}))
+    chart = quality_chart(CLOCKS[clock], quality, arms)
+    chart.across(quality.scale * record["conventional"][f"target_{quality.name}"], GREY, "as good")
     caption = (
-        f"Test {quality.name} over {CLOCKS[clock]}, a curve an arm, n = {len(record['seeds'])} seeds{bars}; dashed: "
-        "baselines and controls; dotted: what counts as good as the long conventional run."
+        f"Test {quality.name} over {CLOCKS[clock]}, a curve an arm, n = {len(record['seeds'])} seeds; bars, from "
+        f"{_FEWEST_SEEDS} seeds on: 95 % intervals by Student's t, cut at the plot's edge; dashed: baselines and "
+        "controls; dotted: what counts as good as the long conventional run."
     )
     return Plot(f"quality_{clock}", caption, (chart,))
 
 
 def _styles(record: Record) -> dict[str, dict[str, Any]]:
     """Return a colour and a marker for each arm's line; the marker changes when the colours repeat."""
-    colours = colour_of(arm["key"] for arm in record["arms"])
-    return {
-        key: {"colour": colour, "marker": _MARKERS[number // len(COLOURS) % len(_MARKERS)]}
-        for number, (key, colour) in enumerate(colours.items())
-    }
+    keys = enumerate(arm["key"] for arm in record["arms"])
+    num = len(COLOURS)
+    return {key: {"colour": COLOURS[number % num], "marker": "osD"[number // num % 3]} for number, key in keys}
 
 
 def _speed_ups_plot(record: Record) -> Plot:
     """Draw each arm's speed-up on both clocks, with its interval if there are three seeds or more."""
     arms = [arm["key"] for arm in record["arms"] if arm["key"] in record["speed_ups"]["total"]]
     chart = Chart("speed-up S at equal quality", "", size=(440, 60 + 30 * len(arms)))
-    intervals = {(c, arm): record["speed_ups"][c][arm]["interval"] for c in CLOCKS for arm in arms}
-    ends = [i[end] for i in intervals.values() for end in ("estimate", "high") if i[end] is not None]
-    has_bars = False
-    for (clock, arm), interval in intervals.items():
-        y, colour = arms.index(arm) + (-0.15 if clock == "total" else 0.15), COLOURS[list(CLOCKS).index(clock)]
-        if interval["num"] >= _FEWEST_SEEDS:
-            has_bars = True
-            high = interval["high"]
-            end = 1.15 * max(*ends, 1.0) if high is None else high
-            chart.line([(interval["low"] or 0.0, y), (end, y)], colour, alpha=0.6, width=3, is_named=False)
-            if high is None:
-                chart.points([(end, y)], colour, marker=">", is_named=False)
-        chart.points([(interval["estimate"], y)], colour, CLOCKS[clock])
-    chart.upright(1)
-    chart.y = Axis("", ticks=[(n, arm_name(arm)) for n, arm in enumerate(arms)], low=len(arms) - 0.5, high=-0.5)
+    chart.name_rows([arm_name(arm) for arm in arms])
     chart.x.values += [0.0, 1.1]
-    bars = ", with the intervals of the table, an arrow where one has no end" if has_bars else ""
-    caption = f"Speed-up over conventional training at equal quality{bars}; dotted: S = 1."
+    for clock, shift, colour in (("total", -0.15, COLOURS[0]), ("critical_path", 0.15, COLOURS[1])):
+        intervals = [record["speed_ups"][clock][arm]["interval"] for arm in arms]
+        most = 1.15 * max(1.0, *(i[end] for i in intervals for end in ("estimate", "high") if i[end] is not None))
+        for place, interval in enumerate(intervals):
+            if interval["num"] >= _FEWEST_SEEDS:
+                high = most if interval["high"] is None else interval["high"]
+                ends = [(interval["low"] or 0.0, place + shift), (high, place + shift)]
+                chart.line(ends, colour, alpha=0.6, width=3)
+            chart.points([(interval["estimate"], place + shift)], colour, CLOCKS[clock])
+    chart.upright(1)
+    caption = (
+        "Speed-up over conventional training at equal quality, with the intervals of the table; dotted: S = 1. An "
+        "interval that has no end is drawn to the plot's."
+    )
     return Plot("speed_ups", caption, (chart,))
 
 
-def _wall_plot(record: Record) -> Plot | None:
-    """Draw the seconds over bandwidth at each arm's largest budget; None if there is a single bandwidth."""
+def _wall_plot(record: Record) -> Plot:
+    """Draw the seconds over bandwidth at each arm's largest budget."""
     network, styles = record["network"], _styles(record)
-    if len(network["bandwidths"]) < 2:
-        return None
     chart = Chart("bandwidth, Gbit/s", "computed wall time, s", log="xy", size=(440, 300))
     for row in largest_rows(network):
         seconds = [(speed, finite(row["wall_s"][f"{speed:g}"])) for speed in network["bandwidths"]]
@@ -372,26 +351,18 @@ def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Recor
     Args:
         read: returns the records of the given part of comparison.json's `legs`, by name.
     """
-    num_train, legs, largest = record["data"]["num_train"], record["legs"], list(_largest_runs(record))
-    last_legs = [run["leg"] for *_, runs in largest for run in runs]
-    records = read({key: legs[key] for last in last_legs for key in needed_legs(last, legs)})
-    panels = [
-        (f"{arm_name(key)}, {budget:g} passes", stages)
-        for key, budget, runs in largest
-        if (stages := arm_stages(runs, legs, records, num_train=num_train))
-    ]
-    seeds = f"n = {len(record['seeds'])} seeds"
-    return training_plot(
-        "training_of_arms", "at each arm's largest budget", panels, loss=loss_name(record), seeds=seeds
-    )
-
-
-def _largest_runs(record: Record) -> Iterator[tuple[str, float, list[Record]]]:
-    """Yield each arm's key, the largest budget at which any of its runs finished, and the runs that did."""
+    num_train, legs, largest = record["data"]["num_train"], record["legs"], []
     for arm in record["arms"]:
         if points := [point for point in arm["points"] if point["mean"] is not None]:
-            point = max(points, key=lambda point: point["budget"])
-            yield arm["key"], point["budget"], [run for run in point["runs"] if run["error"] is None]
+            point = max(points, key=itemgetter("budget"))
+            runs = [run for run in point["runs"] if run["error"] is None]
+            largest.append((f"{arm_name(arm['key'])}, {point['budget']:g} passes", runs))
+    last_legs = [run["leg"] for _, runs in largest for run in runs]
+    records = read({key: legs[key] for last in last_legs for key in needed_legs(last, legs)})
+    panels = [(title, arm_stages(runs, legs, records, num_train=num_train)) for title, runs in largest]
+    panels = [(title, stages) for title, stages in panels if stages]
+    what, seeds = "at each arm's largest budget", f"n = {len(record['seeds'])} seeds"
+    return training_plot("training_of_arms", what, panels, loss=loss_name(record), seeds=seeds)
 
 
 # Advice

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean
+from typing import Any
 
+from raysubset.quality import Quality
 from raysubset.report.drawing import COLOURS, Chart, Plot
 from raysubset.report.figures import Record, finite, passes_by_epoch, works_of
 
@@ -176,3 +178,24 @@ def draw_validation(chart: Chart, stage: Stage, colour: str, label: str, *, widt
     marker = "D" if stage.name == "aggregation" else "s"
     has_bars = any(least < most for least, most in bars)
     chart.line(points, colour, label, marker=marker, width=width, dash=dash, bars=bars if has_bars else ())
+
+
+def quality_chart(
+    passes: str, quality: Quality, curves: Iterable[tuple[str, Sequence[tuple[float, float, float]], Mapping[str, Any]]]
+) -> Chart:
+    """Draw curves of test quality over passes.
+
+    Args:
+        passes: the label of the x axis.
+        curves: the name of each, its points (passes, value, half the width of its error bar or NaN) and its style, the
+            arguments of Chart.line().
+    """
+    chart = Chart(passes, f"test {quality.label}", log="x", size=(440, 320))
+    for name, points, style in curves:
+        values = [(at, quality.scale * value, quality.scale * half) for at, value, half in points]
+        has_bars = all(math.isfinite(half) for *_, half in values)
+        bars = [(value - half, value + half) for _, value, half in values] if has_bars else []
+        chart.line([point[:2] for point in values], label=name, bars=bars, **style)
+    if quality.is_share:
+        chart.y.values = [value for value in chart.y.values if -2 <= value <= 102]
+    return chart

@@ -25,10 +25,7 @@ _MARKS = {  # around a point, in pixels; strokes of no length with caps make dot
     "s": ('stroke-width="6" stroke-linecap="square"', "h0"),
     "D": ('stroke-width="1"', "m0-4.5l4.5 4.5-4.5 4.5-4.5-4.5z"),
     "x": ('stroke-width="2.2"', "m-4-4l8 8m0-8l-8 8"),
-    ">": ('stroke-width="1"', "m5 0l-8-4.5v9z"),
-    "◦": ('stroke-width="1.6"', "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0"),
 }
-_FILLED = "D>"
 
 
 @dataclass
@@ -143,7 +140,7 @@ class Chart:
         """Draw a line through points; values that are not finite are left out.
 
         Args:
-            marker: one of o . s D x > ◦, drawn at each point.
+            marker: one of o . s D x, drawn at each point.
             dash: "", or an SVG dash array such as "2 4".
             width: of the line in pixels; 0: points only.
             bars: the two ends of an error bar at each point.
@@ -326,7 +323,7 @@ def _text(x: float, y: float, text: str, kind: str, *, turn: int = 0, room: floa
 def _marks(marker: str, colour: str, places: Iterable[str]) -> str:
     """Return the attributes of a path that has a marker at each place."""
     style, shape = _MARKS[marker]
-    fill = f'fill="{colour}" ' if marker in _FILLED else ""
+    fill = f'fill="{colour}" ' if marker == "D" else ""
     return f'{fill}{style} d="{"".join(f"M{place}{shape}" for place in places)}"'
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 from raysubset.errors import first_line
 from raysubset.quality import quality_of
 from raysubset.report.figures import Record
-from raysubset.report.parts import Section
+from raysubset.report.parts import Section, table
 from raysubset.run_directory import (
     COMPARISON_PATH,
     CONFIG_PATH,
@@ -99,24 +99,23 @@ def _done(about: tuple[str, str], kind: str, record: Record) -> Entry:
 
 def listing_section(storage_path: str, entries: Sequence[Entry], num_others: int) -> Section:
     """Return the table that `raysubset ls` prints."""
-    rows = tuple(
-        (
-            entry.name,
-            entry.kind,
-            entry.state,
-            entry.result or entry.flaw,
-            "" if entry.passes is None else f"{entry.passes:.2f}",
-            "" if entry.wall_s is None else f"{entry.wall_s:.0f}",
-            "" if entry.began_at is None else datetime.fromtimestamp(entry.began_at).strftime("%Y-%m-%d %H:%M"),
-        )
-        for entry in entries
-    )
     lines = []
     if any(entry.state == "stopped" for entry in entries):
         lines.append("The command that raysubset report DIRECTORY shows resumes what has stopped.")
     if num_others:
         lines.append(f"{num_others} other folders are not raysubset's.")
-    if not rows:
+    if not entries:
         return Section(f"{storage_path} holds no run", lines=tuple(lines))
-    columns = ("name", "", "state", "result", "passes", "wall s", "begun")
-    return Section(f"In {storage_path}", columns, rows, tuple(lines))
+    columns = (
+        ("name", lambda entry: entry.name),
+        ("", lambda entry: entry.kind),
+        ("state", lambda entry: entry.state),
+        ("result", lambda entry: entry.result or entry.flaw),
+        ("passes", lambda entry: "" if entry.passes is None else f"{entry.passes:.2f}"),
+        ("wall s", lambda entry: "" if entry.wall_s is None else f"{entry.wall_s:.0f}"),
+        (
+            "begun",
+            lambda entry: "" if entry.began_at is None else f"{datetime.fromtimestamp(entry.began_at):%Y-%m-%d %H:%M}",
+        ),
+    )
+    return table(f"In {storage_path}", entries, columns, lines)

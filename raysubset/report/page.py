@@ -1,6 +1,7 @@
 """Write a report as one HTML file that needs no network."""
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class Page:
 
     title: str
     verdict: tuple[Line, ...]  # the result in a sentence or two, on top
-    sections: tuple[Section, ...]
+    sections: Sequence[Section]
     story: Section | None = None  # beside the verdict: the findings and the most important plot
     facts: tuple[tuple[str, str], ...] = ()  # names and values: method, data, time, versions
 

@@ -41,32 +41,27 @@ def _below(directory: RunDirectory, path: str) -> str:
 def _run_page(directory: RunDirectory, record: Record) -> Page:
     beside = find_beside(record)
     top, (findings, next_steps) = result(record, beside), what_follows(record, beside)
-    parts: list[Section] = []
-    for section in measured(record):
-        if section.title.startswith("Aggregation"):
-            section = _with_line(directory, record, section)
-        parts.append(section)
-        if section.title == "Final model":
-            parts += prediction_sections(directory)
+    parts = [next_steps, *measured(record), *_line(directory, record), *prediction_sections(directory)]
     if works := Ledger(directory).read():
         parts += _work(directory, {"": works})
     story = dataclasses.replace(findings, plots=top.plots)
     facts = (*_run_facts(record), *_facts(directory, record))
-    return Page(f"Run {record['name']}", top.lines, (next_steps, *parts), story, facts)
+    return Page(f"Run {record['name']}", top.lines, parts, story, facts)
 
 
-def _with_line(directory: RunDirectory, record: Record, section: Section) -> Section:
-    """Add the line between two minima to the section on the aggregation, or the reason why it was not measured."""
-    minima = record["stages"]["rounds"][-1]["minima"]
-    if len(minima) < 2:
-        return section
+def _line(directory: RunDirectory, record: Record) -> Iterator[Section]:
+    """Show the loss on the line between two minima, or the reason why it was not measured."""
+    rounds = record["stages"].get("rounds")
+    if not rounds or len(minima := rounds[-1]["minima"]) < 2:
+        return
     try:
         line = line_between_minima(directory, record)
     except ValueError as error:
         text = f"The straight line between two minima was not measured: {error}."
-        return dataclasses.replace(section, lines=(*section.lines, text))
-    plot = line_plot(record, line, [minimum["subset_id"] for minimum in minima[:2]])
-    return dataclasses.replace(section, plots=(*section.plots, plot))
+        yield Section("Between two minima", lines=(text,))
+    else:
+        plot = line_plot(record, line, [minimum["subset_id"] for minimum in minima[:2]])
+        yield Section("Between two minima", plots=(plot,))
 
 
 def _work(

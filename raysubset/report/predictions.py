@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.report.drawing import BAD, COLOURS, GOOD, Axis, Chart, Plot
-from raysubset.report.figures import Record
-from raysubset.report.parts import Picture, Preformatted, Section
+from raysubset.report.figures import Record, formatted
+from raysubset.report.parts import Picture, Preformatted, Section, table
 from raysubset.run_directory import MISTAKES_PATH, MODEL_RECORD_PATH, PREDICTIONS_PATH, SAMPLES_PATH, RunDirectory
 
 MOST_CLASSES = 20  # in a matrix that can still be read
@@ -71,31 +71,27 @@ def class_scores(counts: np.ndarray, class_names: Sequence[str]) -> Section:
     Args:
         counts: what confusion() returns.
     """
-    right, of_label, of_prediction = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
-    recall, precision = (
-        np.divide(right, totals, out=np.full(len(counts), np.nan), where=totals > 0)
-        for totals in (of_label, of_prediction)
-    )
-    f1 = 2 * right / np.maximum(of_label + of_prediction, 1)
-    with_examples = [number for number in range(len(counts)) if of_label[number]]
+    of_label, of_prediction = counts.sum(axis=1), counts.sum(axis=0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 of a class without examples or predictions is NaN
+        recall, precision = (counts.diagonal() / totals for totals in (of_label, of_prediction))
+        f1 = 2 * counts.diagonal() / (of_label + of_prediction)
+    with_examples = np.flatnonzero(of_label)
     shown = with_examples
     if len(counts) > MOST_CLASSES:
-        shown = sorted(with_examples, key=lambda number: f1[number])[:_MOST_PAIRS]
-    rows = tuple(
-        (
-            class_names[number],
-            f"{of_label[number]:,}",
-            *("–" if math.isnan(value) else f"{100 * value:.1f}" for value in (recall[number], precision[number])),
-            f"{100 * f1[number]:.1f}",
-        )
-        for number in shown
+        shown = with_examples[np.argsort(f1[with_examples], kind="stable")[:_MOST_PAIRS]]
+    columns = (
+        ("class", lambda number: f"{class_names[number]}"),
+        ("test examples", lambda number: f"{of_label[number]:,}"),
+        *(
+            (f"{name}, %", lambda number, values=values: formatted(100 * values[number], ".1f", none="–"))
+            for name, values in (("recall", recall), ("precision", precision), ("F1", f1))
+        ),
     )
-    mean = f"Mean over {len(with_examples)} classes: recall {100 * np.nanmean(recall):.1f} %, F1 "
-    lines = [f"{mean}{100 * np.mean(f1[with_examples]):.1f} %."] if with_examples else []
+    means = f"recall {100 * np.nanmean(recall):.1f} %, F1 {100 * np.mean(f1[with_examples]):.1f} %"
+    lines = [f"Mean over {len(with_examples)} classes: {means}."]
     if len(shown) < len(with_examples):
         lines.append(f"The {len(shown)} with the least F1.")
-    columns = ("class", "test examples", "recall, %", "precision, %", "F1, %")
-    return Section("Classes", columns, rows, tuple(lines))
+    return table("Classes", shown, columns, lines)
 
 
 def confusion(predictions: pa.Table, num_classes: int) -> np.ndarray:
@@ -109,18 +105,17 @@ def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> Plot:
     """Draw the matrix with its numbers, right ones green and wrong ones red, darker for larger numbers."""
     num, names = len(counts), [name if len(name) <= 16 else f"{name[:15]}…" for name in class_names]
     side = 400 if num <= 10 else 640
-    chart = Chart("predicted", "label", size=(side, side * 0.92))
-    right = counts.diagonal().max(initial=1)
-    wrong = max(1, int((counts - np.diag(counts.diagonal())).max(initial=1)))
+    chart = Chart("predicted", "", size=(side, side * 0.92))
+    right, wrong = counts.diagonal().max(initial=1), (counts - np.diag(counts.diagonal())).max(initial=1)
     for row, column in zip(*map(np.ndarray.tolist, counts.nonzero()), strict=True):
         n = int(counts[row, column])
         colour, most = (GOOD, right) if row == column else (BAD, wrong)
         alpha = 0.15 + 0.6 * (n / most) ** 0.5
         tip = f"{n} of {class_names[row]}\npredicted {class_names[column]}"
         chart.bar(row, column - 0.5, column + 0.5, colour, height=0.97, alpha=alpha, text=str(n), tip=tip)
-    ticks = list(enumerate(names))
-    chart.x, chart.y = Axis("predicted", ticks=ticks, low=-0.5, high=num - 0.5), Axis("label", ticks=ticks)
-    chart.y.low, chart.y.high = num - 0.5, -0.5
+    chart.name_rows(names)
+    chart.y.label = "label"
+    chart.x = Axis("predicted", ticks=chart.y.ticks, low=-0.5, high=num - 0.5)
     caption = f"Confusion matrix of the final model on {int(counts.sum()):,} test examples."
     return Plot("confusion", caption, (chart,), is_wide=num > 10)
 
@@ -129,23 +124,26 @@ def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
     """Return the classes most often taken for one another, if there are too many for a matrix."""
     wrong = counts - np.diag(counts.diagonal())
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST_PAIRS]
-    cells = [(int(cell) // len(counts), int(cell) % len(counts)) for cell in order]
-    rows = tuple(
-        (class_names[label], class_names[predicted], f"{wrong[label, predicted]}", f"{counts[label].sum()}")
-        for label, predicted in cells
-        if wrong[label, predicted]
+    pairs = [pair for pair in zip(*np.unravel_index(order, counts.shape), strict=True) if wrong[pair]]
+    columns = (
+        ("label", lambda pair: f"{class_names[pair[0]]}"),
+        ("predicted", lambda pair: f"{class_names[pair[1]]}"),
+        ("times", lambda pair: f"{wrong[pair]}"),
+        ("of", lambda pair: f"{counts[pair[0]].sum()}"),
     )
     lines = (f"The most frequent mistakes among {len(counts)} classes on the test split.",)
-    return Section("Confused classes", ("label", "predicted", "times", "of"), rows, lines)
+    return table("Confused classes", pairs, columns, lines)
 
 
 def pictures(mistakes: pa.Table, image_shape: Sequence[int], class_names: Sequence[str]) -> list[Picture]:
     """Return pictures of the examples in a classifier's test_mistakes.parquet."""
-    mistaken = []
-    for row in mistakes.to_pylist():
-        pixels = np.frombuffer(row["image"], dtype=np.uint8).reshape(*image_shape)
-        mistaken.append(_picture(pixels, f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}"))
-    return mistaken
+    return [
+        _picture(
+            np.frombuffer(row["image"], dtype=np.uint8).reshape(*image_shape),
+            f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}",
+        )
+        for row in mistakes.to_pylist()
+    ]
 
 
 def masks(mistakes: pa.Table, image_shape: Sequence[int]) -> list[Picture]:
@@ -157,7 +155,9 @@ def masks(mistakes: pa.Table, image_shape: Sequence[int]) -> list[Picture]:
     """
     mistaken = []
     for row in mistakes.to_pylist():
-        image = _in_colour(np.array(row["image"], dtype=np.uint8).reshape(*image_shape))
+        image = np.array(row["image"], dtype=np.uint8).reshape(*image_shape)
+        if image.shape[2] != 3:
+            image = np.repeat(image[:, :, :1], 3, axis=2)
         mask, predicted = (np.array(row[name]).reshape(*image_shape[:2]) for name in ("mask", "predicted"))
         gap = np.full((len(mask), max(1, mask.shape[1] // 16), 3), 255, dtype=np.uint8)
         truth, guess = (_MASK_COLOURS[classes % 256] for classes in (mask, predicted))
@@ -175,11 +175,6 @@ def _mask_colours() -> np.ndarray:
 
 
 _MASK_COLOURS = _mask_colours()
-
-
-def _in_colour(pixels: np.ndarray) -> np.ndarray:
-    """Return an image as uint8 [H, W, 3]; if it is not RGB, its first channel in grey."""
-    return pixels if pixels.shape[2] == 3 else np.repeat(pixels[:, :, :1], 3, axis=2)
 
 
 def _picture(pixels: np.ndarray, text: str, *, num_parts: int = 1) -> Picture:
@@ -227,21 +222,23 @@ def worst_predictions(predictions: pa.Table, outputs: Sequence[str]) -> Section:
     errors = np.stack([prediction - target for target, prediction in pairs], axis=1)
     spreads = np.array([np.nanstd(target) or 1.0 for target, _ in pairs]) if len(outputs) > 1 else 1.0
     sizes = np.where(np.isfinite(errors), np.abs(errors) / spreads, np.inf)
-    worst = np.argsort(-sizes.max(axis=1), kind="stable")[:_MOST_WORST]
-    rows = []
-    for place in map(int, worst):
-        output = int(sizes[place].argmax())
-        target, prediction = (values[place] for values in pairs[output])
-        name = (outputs[output].removeprefix("_"),) if len(outputs) > 1 else ()
-        values = (f"{value:.6g}" for value in (target, prediction))
-        rows.append((f"{predictions.column('row')[place]}", *name, *values, f"{errors[place, output]:+.4g}"))
-    columns = ("row", *(("output",) if len(outputs) > 1 else ()), "truth", "prediction", "error")
+    worst = np.argsort(-sizes.max(axis=1), kind="stable")[:_MOST_WORST].tolist()
+    output_of = sizes.argmax(axis=1)  # the worst output of each example
+    columns = [
+        ("row", lambda place: f"{predictions.column('row')[place]}"),
+        ("output", lambda place: f"{outputs[output_of[place]]}".removeprefix("_")),
+        ("truth", lambda place: f"{pairs[output_of[place]][0][place]:.6g}"),
+        ("prediction", lambda place: f"{pairs[output_of[place]][1][place]:.6g}"),
+        ("error", lambda place: f"{errors[place, output_of[place]]:+.4g}"),
+    ]
+    if len(outputs) == 1:
+        del columns[1]
     unit = ", in units of each output's spread" if len(outputs) > 1 else ""
     lines = (
-        f"The {len(rows)} of {len(predictions):,} test examples with the largest errors{unit}, by their row in the "
+        f"The {len(worst)} of {len(predictions):,} test examples with the largest errors{unit}, by their row in the "
         "source. Some of the truth may be wrong.",
     )
-    return Section("Where it is furthest off", columns, tuple(rows), lines, (residuals_plot(predictions, outputs),))
+    return table("Where it is furthest off", worst, columns, lines, [residuals_plot(predictions, outputs)])
 
 
 def _pair(predictions: pa.Table, suffix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -80,10 +80,11 @@ def gap_over_q(record: Record) -> Plot | None:
     chart = Chart("Q = examples × outputs / parameters", "validation loss / own loss")
     chart.points(points, TRAINING, "minimum", alpha=0.7)
     chart.across(1)
-    chart.x.low, chart.x.high, chart.y.low = 0.7 * min(ratios), 1.4 * max(ratios), 0
+    low, high = 0.7 * min(ratios), 1.4 * max(ratios)
+    chart.x.low, chart.x.high, chart.y.low = low, high, 0
     about_law = f" For {loss_name(record).partition(',')[0]} there is no law to draw: (Q+1)/(Q−1) is for least squares."
     if has_law:
-        low, high = max(1.2, chart.x.low), max(1.3, chart.x.high)
+        low, high = max(1.2, low), max(1.3, high)
         qs = [low * (high / low) ** (n / 99) for n in range(100)]
         chart.line([(q, (q + 1) / (q - 1)) for q in qs], VALIDATION, "(Q+1)/(Q−1)")
         about_law = " The line is the ratio of least squares at its exact minimum and with fixed inputs: (Q+1)/(Q−1)."

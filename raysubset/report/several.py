@@ -7,8 +7,8 @@ from typing import Any
 from raysubset.config import flatten
 from raysubset.events import Note
 from raysubset.quality import quality_of
-from raysubset.report.curves import run_stages, training_plot
-from raysubset.report.drawing import Chart, Plot, colour_of
+from raysubset.report.curves import quality_chart, run_stages, training_plot
+from raysubset.report.drawing import Plot, colour_of
 from raysubset.report.figures import (
     Record,
     difference,
@@ -136,17 +136,13 @@ def _verdict(records: Sequence[Record]) -> str:
 
 def _quality(records: Sequence[Record]) -> Plot:
     names, quality = _names(records), quality_of(records[0])
-    chart = Chart("passes", f"test {quality.label}", log="x", size=(440, 300))
-    colours = colour_of(names)
-    has_bars = standard_error(records[0]["test"], quality) is not None
-    for name, record in zip(names, records, strict=True):
-        total, critical = record["cost"]["passes"], record["cost"]["critical_path_passes"]
-        value = quality.scale * finite(record["test"][quality.name])
-        error = quality.scale * (standard_error(record["test"], quality) or 0)
-        chart.line([(critical, value), (total, value)], colours[name], width=1, is_named=False)
-        chart.points([(critical, value)], colours[name], name, marker="◦", is_named=False)
-        bars = [(value - error, value + error)] if has_bars else []
-        chart.points([(total, value)], colours[name], name, bars=bars)
-    bars = " (bars: standard error)" if has_bars else ""
-    caption = f"Test {quality.name}{bars} over passes: filled in total, hollow on the critical path."
-    return Plot("runs_quality", caption, (chart,))
+    colours, charts = colour_of(names), []
+    for label, key in (("passes in total", "passes"), ("passes on the critical path", "critical_path_passes")):
+        runs = []
+        for name, record in zip(names, records, strict=True):
+            error = finite(standard_error(record["test"], quality))
+            points = [(record["cost"][key], finite(record["test"][quality.name]), error)]
+            runs.append((name, points, {"colour": colours[name], "marker": "o"}))
+        charts.append(quality_chart(label, quality, runs))
+    caption = f"Test {quality.name} over passes, with its standard error if that is known."
+    return Plot("runs_quality", caption, tuple(charts), is_wide=True)

@@ -5,11 +5,11 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
-from raysubset.report.drawing import BAD, GREY, Axis, Chart, Plot, colour_of
+from raysubset.report.drawing import BAD, GREY, Chart, Plot, colour_of
 from raysubset.report.figures import Record
-from raysubset.report.parts import Section
+from raysubset.report.parts import Section, table
 from raysubset.run_directory.ledger import Work, total_cost
 
 MOST_LANES = 64
@@ -76,75 +76,54 @@ def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
     """
     all_lanes, queue = lanes(works), waiting(works)
     drawn = all_lanes[:MOST_LANES]
-    moments = [work.started_at for work in works] + [moment for moment, _ in queue] + [gap.begun for gap in gaps]
-    begun = min(moments)
+    begun = min([work.started_at for work in works] + [moment for moment, _ in queue] + [gap.begun for gap in gaps])
     ended = max([work.started_at + work.wall_s for work in works] + [gap.ended for gap in gaps])
-    unit_s, unit = _unit(ended - begun)
     colours = colour_of(work.stage for work in works)
-    chart = Chart(f"{unit} since the first work {'was queued' if queue else 'began'}", "", size=(960, 0))
-    if gaps:
-        chart.x.label = f"{unit} since the start"
-    first = len(gaps) > 0
+    rows = [*(["Ray"] if gaps else []), *_names(drawn)]
+    chart = Chart("seconds since the start", "", size=(960, 46 + 22 * max(2, len(rows))))
+    chart.name_rows(rows)
     for gap in gaps:
-        label, alpha = (
-            ("start of Python, data and Ray", 0.75) if gap.is_start else ("Ray's processes start and end", 0.4)
-        )
-        seconds = gap.ended - gap.begun
-        span = ((gap.begun - begun) / unit_s, (gap.ended - begun) / unit_s)
-        chart.bar(0, *span, GREY, label, alpha=alpha, tip=f"{label}\n{seconds:.1f} s", text=f"{seconds:.1f} s")
-    for row, lane in enumerate(drawn, first):
+        label, alpha = "Ray's processes start and end", 0.4
+        if gap.is_start:
+            label, alpha = "start of Python, data and Ray", 0.75
+        text = f"{gap.ended - gap.begun:.1f} s"
+        chart.bar(0, gap.begun - begun, gap.ended - begun, GREY, label, alpha=alpha, tip=f"{label}\n{text}", text=text)
+    for row, lane in enumerate(drawn, len(rows) - len(drawn)):
         for work in lane:
-            _bar(chart, row, work, begun, unit_s, colours[work.stage])
-    rows = len(drawn) + first
-    chart.y = Axis("", ticks=list(enumerate([*(["Ray"] if gaps else []), *_names(drawn)])), low=rows - 0.4, high=-0.6)
-    chart.size = (960, 46 + 22 * max(2, rows))
+            _bar(chart, row, work, begun, colours[work.stage])
     charts = [chart]
     if queue:
         below = Chart(chart.x.label, "waiting", size=(960, 110))
         chart.x.label, below.y.low, below.y.is_whole = "", 0, True
-        steps = [(0.0, 0), *(((moment - begun) / unit_s, num) for moment, num in queue)]
-        ends = [*(moment for moment, _ in steps[1:]), max((ended - begun) / unit_s, steps[-1][0])]
-        corners = [corner for (at, num), end in zip(steps, ends, strict=True) for corner in ((at, num), (end, num))]
+        steps = pairwise([(begun, 0), *queue, (ended, 0)])
+        corners = [(moment - begun, num) for (start, num), (end, _) in steps for moment in (start, end)]
         below.line(corners, GREY, "pieces of work that wait", is_named=False)
         charts.append(below)
     for each in charts:
-        each.x.low, each.x.high, each.left = 0.0, 1.005 * max(ended - begun, 1e-3) / unit_s, 120
-    has_lost = any(work.outcome in _ENDED_BADLY for work in works)
+        each.x.low, each.x.high, each.left = 0.0, 1.005 * max(ended - begun, 1e-3), 120
     left_out = len(all_lanes) - len(drawn)
     caption = (
         "Time line of the ledger. Each bar is an attempt, each row an actor, worker group or driver on its node. "
-        "Numbers are subsets, a prime is another attempt, ×n a group of n workers"
-        f"{'; red crosses: lost or failed' if has_lost else ''}."
-        f"{' Grey: nothing was at work, while Ray or its processes started or ended.' if gaps else ''}"
-        f"{' Below: pieces of work that waited for room.' if queue else ''}"
-        f"{f' {left_out} more rows are left out.' if left_out > 0 else ''}"
+        "Numbers are subsets, a prime is another attempt, ×n a group of n workers, a red cross a lost or failed "
+        "attempt. Grey: nothing was at work, while Ray or its processes started or ended. The curve below, if work had "
+        f"to wait for room: the pieces that waited.{f' {left_out} more rows are left out.' if left_out > 0 else ''}"
     )
     return Plot("time_line", caption, tuple(charts), is_wide=True)
 
 
-def _unit(length_s: float) -> tuple[float, str]:
-    """Return the seconds and the name of the unit that suits an axis of this length."""
-    return (1.0, "seconds") if length_s < 900 else (60.0, "minutes") if length_s < 3 * 3600 else (3600.0, "hours")
-
-
-def _bar(chart: Chart, row: int, work: Work, begun: float, unit_s: float, colour: str) -> None:
+def _bar(chart: Chart, row: int, work: Work, begun: float, colour: str) -> None:
     """Draw an attempt's bar; `begun` is the time line's start in unix s."""
-    start, length, name = (work.started_at - begun) / unit_s, work.wall_s / unit_s, work.stage.replace("_", " ")
-    ended_badly = work.outcome in _ENDED_BADLY
-    text = ("" if work.subset is None else f"{work.subset}") + "′" * work.attempt
-    text += f"×{work.num_workers}" if work.num_workers > 1 else ""
-    facts = [
-        f"{name}{'' if work.subset is None else f' {work.subset}'}, round {work.round + 1}",
-        f"{work.wall_s:.2f} s",
-    ]
+    start, end, name = work.started_at - begun, work.started_at - begun + work.wall_s, work.stage.replace("_", " ")
+    subset = "" if work.subset is None else f"{work.subset}"
+    text = subset + "′" * work.attempt + (f"×{work.num_workers}" if work.num_workers > 1 else "")
+    facts = [f"{name} {subset}".rstrip() + f", round {work.round + 1}", f"{work.wall_s:.2f} s"]
     facts += [f"waited {work.waited_s:.2f} s"] if work.waited_s >= 0.01 else []
     facts += [f"{work.cost.num_forward / work.wall_s:,.0f} examples/s"] if work.cost.num_forward and work.wall_s else []
-    facts += [work.outcome] if work.outcome != "done" else []
-    alpha = 0.35 if ended_badly else 1.0
-    tip = "\n".join([*facts, work.node])
-    chart.bar(row, start, start + length, colour, name, alpha=alpha, text=text, tip=tip)
+    facts += [work.node] if work.outcome == "done" else [work.outcome, work.node]
+    ended_badly = work.outcome in _ENDED_BADLY
+    chart.bar(row, start, end, colour, name, alpha=0.35 if ended_badly else 1.0, text=text, tip="\n".join(facts))
     if ended_badly:
-        chart.points([(start + length, row)], BAD, "lost or failed", marker="x", names=[tip.replace("\n", ", ")])
+        chart.points([(end, row)], BAD, "lost or failed", marker="x", names=[", ".join(facts)])
 
 
 def _names(drawn: Sequence[Sequence[Work]]) -> list[str]:
@@ -152,8 +131,7 @@ def _names(drawn: Sequence[Sequence[Work]]) -> list[str]:
     names, last_node = [], None
     for node in (lane[0].node for lane in drawn):
         host = node if node.replace(".", "").isdigit() else node.partition(".")[0]
-        short = host if len(host) <= 16 else f"…{host[-15:]}"
-        names.append(short if node != last_node else "·")
+        names.append("·" if node == last_node else host if len(host) <= 16 else f"…{host[-15:]}")
         last_node = node
     return names
 
@@ -165,32 +143,29 @@ def troubles(ledgers: Mapping[str, Sequence[Work]], *, of: str = "leg") -> Secti
         ledgers: those of a comparison's legs or a sweep's trials by name; for a run {"": its ledger}.
         of: what each ledger is of: "leg" or "trial".
     """
-    last: dict[tuple, Work] = {}
-    for leg, works in ledgers.items():
-        for work in works:
-            key = (leg, work.stage, work.round, work.subset)
-            last[key] = max(last.get(key, work), work, key=lambda work: work.attempt)
-    lost = [(leg, work) for leg, works in ledgers.items() for work in works if work.outcome in _ENDED_BADLY]
+    attempts = [(leg, work) for leg, works in ledgers.items() for work in works]
+    attempts.sort(key=lambda item: item[1].attempt)
+    ends = {(leg, work.stage, work.round, work.subset): work.outcome for leg, work in attempts}  # the last one stays
+    lost = sorted((item for item in attempts if item[1].outcome in _ENDED_BADLY), key=lambda item: item[1].started_at)
     if not lost:
         return None
-    lost.sort(key=lambda item: item[1].started_at)
-    rows = tuple(
-        (
-            *((leg,) if leg else ()),
-            work.stage.replace("_", " ") + ("" if work.subset is None else f", subset {work.subset}"),
-            f"{work.round + 1}",
-            f"{work.attempt + 1}",
-            work.node,
-            work.outcome,
-            f"{work.wall_s:.1f}",
-            last[leg, work.stage, work.round, work.subset].outcome,
-            work.error or "",
-        )
-        for leg, work in lost[:_MOST_TROUBLES]
+    columns = (
+        *(((of, lambda item: item[0]),) if lost[0][0] else ()),
+        ("work", lambda item: item[1].stage.replace("_", " ") + _subset(item[1])),
+        ("round", lambda item: f"{item[1].round + 1}"),
+        ("attempt", lambda item: f"{item[1].attempt + 1}"),
+        ("node", lambda item: item[1].node),
+        ("outcome", lambda item: item[1].outcome),
+        ("seconds", lambda item: f"{item[1].wall_s:.1f}"),
+        ("in the end", lambda item: ends[item[0], item[1].stage, item[1].round, item[1].subset]),
+        ("error", lambda item: item[1].error or ""),
     )
-    lines = (f"The first {_MOST_TROUBLES} of {len(lost)}.",) if len(lost) > len(rows) else ()
-    columns = ("work", "round", "attempt", "node", "outcome", "seconds", "in the end", "error")
-    return Section("Lost and failed attempts", (of, *columns) if lost[0][0] else columns, rows, lines)
+    lines = [f"The first {_MOST_TROUBLES} of {len(lost)}."] if len(lost) > _MOST_TROUBLES else []
+    return table("Lost and failed attempts", lost[:_MOST_TROUBLES], columns, lines)
+
+
+def _subset(work: Work) -> str:
+    return "" if work.subset is None else f", subset {work.subset}"
 
 
 def work_lines(ledgers: Mapping[str, Sequence[Work]], *, of: str, more: str = "") -> Iterator[str]:
