@@ -153,7 +153,7 @@ def test_files_are_predicted_a_batch_at_a_time(directory: str, tmp_path: Path, m
         return forward(model, images)
 
     monkeypatch.setattr(TrainedModel, "forward", counted)
-    found = predict_files(directory, paths)
+    found = list(predict_files(directory, paths))
     assert sizes == [2, 2, 1]
     assert [prediction.path for prediction in found] == paths
     for prediction in found:
@@ -221,8 +221,8 @@ def test_rows_of_a_table_of_images_are_predicted_as_their_files_are(kind: str, d
         csv.write_csv(table, path)
     else:
         pq.write_table(table, path)
-    found = predict_files(directory, [str(files[1]), path, str(files[2])])
-    expected = predict_files(directory, [*map(str, files)])
+    found = list(predict_files(directory, [str(files[1]), path, str(files[2])]))
+    expected = list(predict_files(directory, [*map(str, files)]))
     assert [(one.path, one.row) for one in found] == [
         (str(files[1]), None),
         *((path, row) for row in range(5)),

@@ -405,10 +405,10 @@ def _export(command: Export) -> int:
 
 
 def _predict(command: Predict) -> int:
-    from raysubset.trained_model.exporting import predictions
+    from raysubset.trained_model.exporting import predict_files
 
     code = DONE
-    for prediction in predictions(command.directory, command.files, trust_code=command.trust_code):
+    for prediction in predict_files(command.directory, command.files, trust_code=command.trust_code):
         if prediction.error:
             code = MISTAKE
             _error(prediction.error)

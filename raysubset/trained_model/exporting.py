@@ -25,7 +25,7 @@ from raysubset.errors import first_line, listed
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs
 from raysubset.trained_model import TrainedModel, load_model
-from raysubset.trained_model.network_graph import export
+from raysubset.trained_model.network_graph import export, refuse_difference
 from raysubset.training import are_probabilities
 
 ExportFormat = Literal["torch-export", "onnx"]
@@ -35,7 +35,6 @@ INPUT, OUTPUT = "images", "outputs"  # the names in the graph
 OPSET = 18  # of ONNX: the oldest that torch's exporter writes without conversion
 _logger = logging.getLogger(__name__)
 
-_TOLERANCE = 1e-4  # between the file's outputs and the model's, relative to the largest
 _MOST_IMAGES = 256  # in a batch of predictions …
 _BATCH_PIXELS = 2**20  # … of at most so many values: an activation is several times as large
 
@@ -97,8 +96,7 @@ def _metadata(model: TrainedModel) -> dict[str, str]:
 def _write_torch(model: TrainedModel, sample: torch.Tensor, target: Path) -> None:
     torch.export.save(export(model, sample), target, extra_files=_metadata(model))
     with torch.no_grad():
-        outputs = torch.export.load(target).module()(sample)
-    _check_same(target, outputs.numpy(), model, sample)
+        _check_same(target, torch.export.load(target).module()(sample), model, sample)
 
 
 def _write_onnx(model: TrainedModel, sample: torch.Tensor, target: Path) -> None:
@@ -124,18 +122,16 @@ def _write_onnx(model: TrainedModel, sample: torch.Tensor, target: Path) -> None
     onnx.save(proto, target)
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
     (outputs,) = session.run([OUTPUT], {INPUT: sample.numpy()})
-    _check_same(target, np.asarray(outputs), model, sample)
+    _check_same(target, torch.from_numpy(outputs), model, sample)
 
 
-def _check_same(target: Path, outputs: np.ndarray, model: TrainedModel, sample: torch.Tensor) -> None:
-    with torch.no_grad():
-        expected = model(sample).numpy()
-    difference = float(np.abs(outputs - expected).max())
-    if not difference <= _TOLERANCE * max(1.0, float(np.abs(expected).max())):
+def _check_same(target: Path, outputs: torch.Tensor, model: TrainedModel, sample: torch.Tensor) -> None:
+    try:
+        with torch.no_grad():
+            refuse_difference(outputs, model(sample))
+    except ValueError as error:
         target.unlink()
-        raise ValueError(
-            f"the exported network's outputs differ from the model's by {difference:g}: the file was removed"
-        )
+        raise ValueError(f"{target} was removed: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -166,13 +162,6 @@ class Prediction:
 
 def predict_files(
     directory: str, paths: Sequence[str], *, num_classes: int = 3, trust_code: bool = False
-) -> list[Prediction]:
-    """Return predictions() as a list."""
-    return list(predictions(directory, paths, num_classes=num_classes, trust_code=trust_code))
-
-
-def predictions(
-    directory: str, paths: Sequence[str], *, num_classes: int = 3, trust_code: bool = False
 ) -> Iterator[Prediction]:
     """Apply the final model of a run to files, a batch of images or a table at a time.
 
@@ -198,7 +187,7 @@ def predictions(
         yield from (_continue_text(model, path) for path in paths)
     elif isinstance(model.inputs, TableInputs):
         for path in paths:
-            yield from _predict_table(model, path, num_classes)
+            yield from _predict_table(model, model.inputs, path, num_classes)
     elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression | Segmentation):
         yield from _predict_image_files(model, model.inputs, directory, paths, num_classes)
     else:
@@ -216,12 +205,10 @@ def _continue_text(model: TrainedModel, path: str) -> Prediction:
         return Prediction(path, error=f"{path}: {first_line(error)}")
 
 
-def _predict_table(model: TrainedModel, path: str, num_classes: int) -> Iterator[Prediction]:
-    assert isinstance(model.inputs, TableInputs)
+def _predict_table(model: TrainedModel, inputs: TableInputs, path: str, num_classes: int) -> Iterator[Prediction]:
     try:
-        table = read_rows(path, model.inputs)
         with torch.inference_mode():
-            outputs, notes = model.of_table(table)
+            outputs, notes = model.of_table(read_rows(path, inputs))
     except ValueError as error:
         yield _unreadable(path, error)
         return
@@ -293,31 +280,21 @@ def _answers(
 ) -> Iterator[Prediction]:
     """Yield each place with its answer from a row of outputs: classes, the most probable first, or numbers by name."""
     task = model.record.task
-    masks: list[list[list[int]]] = [[]] * len(outputs)
-    if isinstance(task, Regression):
-        names, numbers = [task.target_names] * len(outputs), outputs.tolist()
-    else:
-        if isinstance(task, Segmentation):
-            classes = outputs.argmax(1)
-            probabilities = _shares_of_pixels(classes, outputs.shape[1])
-            probabilities[~outputs.isfinite().flatten(1).all(1)] = torch.nan
-            masks = classes.tolist()
-        else:
-            probabilities = outputs if are_probabilities(outputs) else outputs.softmax(1)
-        shares, order = probabilities.topk(min(num_classes, outputs.shape[1]))
-        names, numbers = [[task.class_names[i] for i in row] for row in order.tolist()], shares.tolist()
-    for place, row_names, values, mask in zip(places, names, numbers, masks, strict=True):
-        if not all(map(math.isfinite, values)):
+    are_logits = isinstance(task, Classification) and not are_probabilities(outputs)
+    for place, output in zip(places, outputs, strict=True):
+        numbers, mask = output.softmax(0) if are_logits else output, []
+        if not numbers.isfinite().all():
             yield replace(place, error=f"{place.place}: the network's outputs are NaN or infinite")
-        elif isinstance(task, Regression):
-            yield replace(place, values=dict(zip(row_names, values, strict=True)))
-        else:
-            yield replace(place, classes=tuple(row_names), probabilities=tuple(values), mask=mask)
-
-
-def _shares_of_pixels(classes: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Return each class's share of the pixels of each mask [n, H, W]: float [n, num_classes]."""
-    return torch.stack([mask.flatten().bincount(minlength=num_classes) / mask.numel() for mask in classes])
+            continue
+        if isinstance(task, Regression):
+            yield replace(place, values=dict(zip(task.target_names, output.tolist(), strict=True)))
+            continue
+        if isinstance(task, Segmentation):  # by the classes' shares of the pixels
+            classes = output.argmax(0)
+            numbers, mask = classes.flatten().bincount(minlength=len(output)) / classes.numel(), classes.tolist()
+        shares, order = numbers.topk(min(num_classes, len(numbers)))
+        names = tuple(task.class_names[number] for number in order.tolist())
+        yield replace(place, classes=names, probabilities=tuple(shares.tolist()), mask=mask)
 
 
 def _side(inputs: ImageInputs) -> int | None:

@@ -68,6 +68,13 @@ def export(network: nn.Module, sample: Tensor) -> ExportedProgram:
         log.setLevel(level)
 
 
+def refuse_difference(outputs: Tensor, expected: Tensor) -> None:
+    """Raise a ValueError if outputs that should be the network's differ from those by more than rounding."""
+    difference = float((outputs - expected).abs().max())
+    if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise ValueError(f"the traced network's outputs differ from the network's by {difference:g}")
+
+
 def trace(network: nn.Module, spec: Spec) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Trace a network on the CPU in evaluation mode.
 
@@ -89,9 +96,7 @@ def trace(network: nn.Module, spec: Spec) -> tuple[dict[str, Any], dict[str, Ten
         with torch.no_grad():
             expected = network(sample)
             same = GraphNetwork(graph, {**network.state_dict(), **constants}, spec)
-            difference = float((same(sample) - expected).abs().max())
-        if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise ValueError(f"the traced network's outputs differ by {difference:g}")
+            refuse_difference(same(sample), expected)
     finally:
         network.train(was_training)
     return graph, constants

@@ -25,7 +25,7 @@ def save(name, model, shape, scale=1.0):
 
 net = save("big", "resnet18", (128, 128, 3))
 put("p.png", encoded(pixels(128, 128)))
-code = "import resource, sys; from raysubset.trained_model.exporting import predict_files; predict_files(sys.argv[1], ['p.png'] * int(sys.argv[2])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+code = "import resource, sys; from raysubset.trained_model.exporting import predict_files; list(predict_files(sys.argv[1], ['p.png'] * int(sys.argv[2]))); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
 few, many = (
     int(subprocess.run([sys.executable, "-c", code, net, str(n)], capture_output=True, text=True).stdout)
     for n in (20, 400)

@@ -26,7 +26,7 @@ save_model(
     ModelRecord(ModelConfig(name="net:make"), Classification(ImageInputs((8, 8, 1), (0.5,), (0.2,)), ("a", "b", "c"))),
 )
 put("p.png", encoded(pixels(8, 8, 1)))
-sure = predict_files(run_.uri, ["p.png"])[0].probabilities[0]
+sure = next(predict_files(run_.uri, ["p.png"])).probabilities[0]
 check(
     "outputs that sum to 1 are told of, or their probabilities are theirs",
     bool(told) or sure > 0.99,
