@@ -329,9 +329,9 @@ class TestFiles:
 
 
 def test_contents_of_files_are_kept_up_to_so_many_bytes_and_the_oldest_go_first(monkeypatch):
-    monkeypatch.setattr(recent, "MOST_BYTES", 10)
+    monkeypatch.setattr(recent, "MOST_BYTES", 14)
     kept = recent.Recent()
-    contents = {"a": b"12345", "b": b"1234", "local": recent.WRITTEN, "c": b"12", "too large": b"12345678901"}
+    contents = {"a": b"12345", "b": b"1234", "local": recent.WRITTEN, "c": b"12", "too large": b"123456789012345"}
     for name, content in contents.items():
         kept.keep("run", name, "seal", content)
     assert {name for name in contents if kept.find("run", name, "seal") == contents[name]} == {"b", "local", "c"}

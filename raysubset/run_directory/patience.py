@@ -149,20 +149,8 @@ class Patient(pafs.FileSystemHandler):
     def delete_dir(self, path: str) -> None:
         self._take(self._filesystem.delete_dir, path)
 
-    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
-        self._take(self._filesystem.delete_dir_contents, path, missing_dir_ok=missing_dir_ok)
-
-    def delete_root_dir_contents(self) -> None:
-        raise NotImplementedError("a run has no business there")
-
     def delete_file(self, path: str) -> None:
         self._take(self._filesystem.delete_file, path)
-
-    def move(self, source: str, destination: str) -> None:
-        self._take(self._filesystem.move, source, destination)
-
-    def copy_file(self, source: str, destination: str) -> None:
-        self._take(self._filesystem.copy_file, source, destination)
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
         return pa.BufferReader(self.read(path))
@@ -173,8 +161,10 @@ class Patient(pafs.FileSystemHandler):
     def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
         return pa.PythonFile(_Written(partial(self.write, path)), mode="w")
 
-    def open_append_stream(self, path: str, metadata: Any) -> pa.NativeFile:
-        raise NotImplementedError("object stores append nothing")
+    def _refuse(self, *_: Any) -> Any:
+        raise NotImplementedError("neither a run nor Ray Train asks for this")
+
+    move = copy_file = delete_dir_contents = delete_root_dir_contents = open_append_stream = _refuse
 
 
 def opened(uri: str, patience: Patience) -> tuple[pafs.PyFileSystem, str]:

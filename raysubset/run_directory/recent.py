@@ -23,21 +23,16 @@ class Recent:
         """Keep a file's content, unless it is too large, or the version of a local file."""
         with self._lock:
             self._contents.pop((uri, path), None)
-            if _num_bytes(content) > MOST_BYTES:
+            if len(content) > MOST_BYTES:
                 return
             self._contents[uri, path] = seal, content
-            while sum(_num_bytes(content) for _, content in self._contents.values()) > MOST_BYTES:
+            while sum(len(content) for _, content in self._contents.values()) > MOST_BYTES:
                 del self._contents[next(iter(self._contents))]
 
     def find(self, uri: str, path: str, seal: Any) -> Any:
         """Return the content or version kept for this file and seal; None if there is none."""
         kept_seal, content = self._contents.get((uri, path), (None, None))
         return content if kept_seal is not None and kept_seal == seal else None
-
-
-def _num_bytes(content: Any) -> int:
-    """Return the bytes that a content holds in memory; 0 for a version of a local file."""
-    return len(content) if isinstance(content, bytes) else 0
 
 
 RECENT = Recent()
