@@ -36,8 +36,8 @@ _standing: Callable[[], tuple[float | None, ...]] = tuple
 
 def begin() -> None:
     """Start counting beats for a new piece of work."""
-    global _beats, _standing
-    _beats, _standing = (0, 0.0, 0.0), tuple
+    global _beats
+    _beats = (0, 0.0, 0.0)
 
 
 def stand(standing: Callable[[], tuple[float | None, ...]]) -> None:

@@ -3,7 +3,6 @@
 The short form of tests/chaos/storage_faults.py, which damages a whole run's files and resumes it.
 """
 
-import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from raysubset.config import Config
-from raysubset.fine_tuning.snapshots import _SNAPSHOT, _snapshot, mend_snapshot
 from raysubset.fingerprints import Entry, Identity, fingerprint
 from raysubset.run_directory import (
     CorruptFile,
@@ -28,7 +26,7 @@ from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.subset_actors.actor import _Damages
 from tests.test_report import minimum
 
-MINIMUM, JOB = minimum_folder(0, 1), "fine_tuning/ray_train"
+MINIMUM = minimum_folder(0, 1)
 WORKS = [Work("subsets", 0, subset, 0, "node", "cpu", started_at=1.0 + subset, outcome="done") for subset in (0, 1)]
 
 
@@ -47,8 +45,6 @@ def run(tmp_path) -> RunDirectory:
     Ledger(run).write(WORKS[0])
     Ledger(run).compact()
     Ledger(run).write(WORKS[1])
-    run.write_checkpoint(f"{JOB}/step-1/state.pt", {"a": torch.arange(50.0)})
-    run.write_bytes(f"{JOB}/{_SNAPSHOT}", json.dumps(_snapshot("step-1")).encode())
     return run
 
 
@@ -62,11 +58,6 @@ def checkpoint_of(run: RunDirectory) -> Any:
     return found and (found[0], found[1]["position"], found[1]["a"].tolist())
 
 
-def mend(run: RunDirectory) -> None:
-    if flaw := mend_snapshot(run, JOB):
-        raise CorruptFile(JOB, flaw)
-
-
 READERS: dict[str, Callable[[RunDirectory], Any]] = {
     "config.json": RunDirectory.read_config,
     "identity.parquet": lambda run: [table.to_pylist() for table in run.read_identity().data.values()],
@@ -78,8 +69,6 @@ READERS: dict[str, Callable[[RunDirectory], Any]] = {
     subsets_path(0): lambda run: run.read_table(subsets_path(0)).to_pydict(),
     "ledger.parquet": lambda run: Ledger(run).read(),
     WORKS[1].path: lambda run: Ledger(run).read(),
-    f"{JOB}/{_SNAPSHOT}": mend,
-    f"{JOB}/step-1/state.pt": mend,
 }
 
 

@@ -15,13 +15,11 @@ from raysubset.events import Event, Retry
 from raysubset.fine_tuning.job import FineTuningFailed, Job
 from raysubset.fine_tuning.trainer import Attempts, WatchedTrainer, fit
 from raysubset.fine_tuning.worker import MistakeError, _may_pass
-from raysubset.run_directory import RunDirectory
+from raysubset.run_directory import RunDirectory, checkpoint_path
 from raysubset.subset_actors.pool import PLACE_ERRORS
 from raysubset.training import use_device
 from raysubset.user_code.functions import in_a_line
 from raysubset.work import Piece
-
-FOLDER = "conventional/ray_train"
 
 
 @pytest.fixture
@@ -30,12 +28,12 @@ def directory(tmp_path) -> RunDirectory:
 
 
 def save_checkpoint(directory: RunDirectory, step: int) -> None:
-    directory.write_checkpoint(f"{FOLDER}/step-{step:09d}/state.pt", {})
+    directory.write_checkpoint(checkpoint_path("conventional", step), {"position": [0, step]})
 
 
 def attempts_at(directory: RunDirectory) -> Attempts:
     """As the controller has it, which gets it from another process."""
-    return cloudpickle.loads(cloudpickle.dumps(Attempts(directory, FOLDER, most=3, most_starts=2)))
+    return cloudpickle.loads(cloudpickle.dumps(Attempts(directory, "conventional", most=3, most_starts=2)))
 
 
 def decision(directory: RunDirectory, *errors: Exception) -> FailureDecision:

@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,11 +142,12 @@ def work(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
+def in_two_processes(function: Callable[[int, Path], None], folder: Path) -> None:
+    """Call the function with 0 and 1, each in a process of its own."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.warm"])
-    processes = torch.multiprocessing.start_processes(work, (folder,), nprocs=2, join=False, start_method="forkserver")
+    processes = torch.multiprocessing.start_processes(
+        function, (folder,), nprocs=2, join=False, start_method="forkserver"
+    )
     assert processes is not None
     deadline = time.monotonic() + TIMEOUT_S
     try:
@@ -154,6 +156,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     finally:
         for process in processes.processes:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    in_two_processes(work, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -8,4 +8,4 @@ minimizes as for any other piece, in Ray Train's `local_mode`.
 """
 
 from raysubset.fine_tuning.driver import fine_tune, refuse_old_ray_train
-from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
+from raysubset.fine_tuning.job import FineTuningFailed, Job

@@ -8,7 +8,7 @@ import ray
 from raysubset.user_code.source_files import Workplace
 from raysubset.work import Piece
 
-FOLDER = "ray_train"  # of the job's checkpoints, within the stage's folder
+FOLDER = "ray_train"  # of what Ray Train itself leaves, within the stage's folder
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,10 @@ from raysubset.cluster.private_ray import (
     get_env_vars_to_propagate,
 )
 from raysubset.errors import one_line
-from raysubset.events import Note, OnEvent, Retry, Waiting
+from raysubset.events import OnEvent, Retry, Waiting
 from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
 from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.fine_tuning.process_group import PrivateTorchConfig
-from raysubset.fine_tuning.snapshots import mend_snapshot, newest_checkpoint
 from raysubset.fine_tuning.worker import MistakeError, train_loop
 from raysubset.run_directory import RunDirectory, minimum_path
 from raysubset.work import Piece
@@ -40,15 +39,19 @@ PLACE_S, ELASTIC_PLACE_S = 60.0, 15.0  # wait for places of a group of workers; 
 class Failures:
     """Counts the failures of a Ray Train job in a row, that is without a new checkpoint between them."""
 
-    def __init__(self, directory: RunDirectory, folder: str) -> None:
-        self._directory, self._folder, self._num = directory, folder, 0
-        self._newest = newest_checkpoint(directory, folder)
+    def __init__(self, directory: RunDirectory, stage: str) -> None:
+        self._directory, self._stage, self._num = directory, stage, 0
+        self._checkpoints = self._found()
+
+    def _found(self) -> set[str]:
+        """Return the stage's checkpoints. Each attempt has a file of its own."""
+        return {path for path in self._directory.list(self._stage) if path.endswith(".pt")}
 
     def count(self) -> int:
         """Count one more, and return how many there are in a row."""
         with suppress(OSError):  # the storage may answer the next time
-            before, self._newest = self._newest, newest_checkpoint(self._directory, self._folder)
-            if self._newest != before:
+            before, self._checkpoints = self._checkpoints, self._found()
+            if self._checkpoints != before:
                 self._num = 0
         self._num += 1
         return self._num
@@ -61,10 +64,10 @@ class Attempts(DefaultFailurePolicy):
     that, and the job is tried again. Notices of preemption do not count.
     """
 
-    def __init__(self, directory: RunDirectory, folder: str, *, most: int, most_starts: int) -> None:
+    def __init__(self, directory: RunDirectory, stage: str, *, most: int, most_starts: int) -> None:
         super().__init__(ray.train.FailureConfig(max_failures=-1))
         limits = {ray.train.WorkerGroupError: most, ray.train.ControllerError: most_starts}
-        self._failures = [(kind, Failures(directory, folder), limit) for kind, limit in limits.items()]
+        self._failures = [(kind, Failures(directory, stage), limit) for kind, limit in limits.items()]
 
     def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
         errors = getattr(training_failed_error, "worker_failures", {}).values()
@@ -131,10 +134,10 @@ def fit(job: Job, *, tell: OnEvent) -> None:
     directory, stage, most = piece.directory, piece.stage, config.actors.max_attempts
     least = config.fine_tuning.min_workers if stage == "fine_tuning" else None
     lookout = TrainLookout(job, is_elastic=least is not None, tell=tell)
-    losses = Failures(directory, _folder(job))
+    losses = Failures(directory, stage)
     while True:
-        if repair_text := mend_snapshot(directory, _folder(job)):
-            tell(Note(repair_text, is_warning=True))
+        directory.delete(f"{stage}/{FOLDER}")  # workers need nothing of what Ray Train has left
+        directory.newest_checkpoint(stage)  # warns of a damaged one, where the user sees it
         trainer = _trainer(job, least=least, pulses=lookout.key)
         trainer.look = lookout.look
         tell(Waiting(f"{stage}: Ray Train starts {piece.num_workers} worker(s)"))
@@ -171,10 +174,6 @@ def _failure(error: Exception, piece: Piece, stalled: str) -> Exception:
     return FineTuningFailed(text)
 
 
-def _folder(job: Job) -> str:
-    return f"{job.piece.stage}/{FOLDER}"
-
-
 def _trainer(job: Job, *, least: int | None, pulses: str) -> WatchedTrainer:
     config, directory, stage, num_gpus = job.piece.config, job.piece.directory, job.piece.stage, job.num_gpus
     storage_path, filesystem = directory.train_storage(stage)
@@ -200,10 +199,9 @@ def _trainer(job: Job, *, least: int | None, pulses: str) -> WatchedTrainer:
             name=FOLDER,
             storage_path=storage_path,
             storage_filesystem=filesystem,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
     trainer.every_s, trainer.start_timeout_s = LOOK_S, start_timeout_s
-    trainer.attempts = Attempts(directory, _folder(job), most=config.actors.max_attempts, most_starts=most_starts)
+    trainer.attempts = Attempts(directory, stage, most=config.actors.max_attempts, most_starts=most_starts)
     return trainer

@@ -22,7 +22,7 @@ from raysubset.config import Config, Learned
 from raysubset.data import FullSet, load_full_set, refuse_changed_files
 from raysubset.errors import first_line
 from raysubset.events import EpochDone, Event, Note, OnEvent, Planned, Progress, Stage, Waiting, stage_event
-from raysubset.fine_tuning import FOLDER, refuse_old_ray_train
+from raysubset.fine_tuning import refuse_old_ray_train
 from raysubset.legs import FRESH, Leg, Start
 from raysubset.models import architecture
 from raysubset.objects_in_hand import accepts_objects
@@ -277,8 +277,6 @@ class _Stages:
             what = f"{len(full_set.train)} examples, {leg.num_workers} worker(s)"
         self._tell(stage_event(stage, f"{leg.epochs:g} epochs on {what}"))
         refuse_changed_files(full_set)
-        if self._directory.list(f"{stage}/{FOLDER}"):  # a Ray Train job resumes as one
-            piece = dataclasses.replace(piece, num_workers=leg.num_workers, by_train=True)
         if (record := piece.record()) is None:
             self._epochs = _Epochs(piece, full_set.quality, self._tell) if piece.by_train else None
             # actors that minimize stay for the subsets

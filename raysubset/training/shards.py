@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,12 @@ class Shard:
         if self.num > 1:
             torch.distributed.all_reduce(value)
         return value
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Return every worker's value, by rank, in the first worker; [] in the others. Every worker must call it."""
+        values = [None] * self.num if self.rank == 0 else None
+        torch.distributed.gather_object(value, values)
+        return values or []
 
     def average_gradients(self, parameters: Iterable[nn.Parameter], *, as_bfloat16: bool = False) -> None:
         """Replace the gradients by their mean over the workers, in place and in one exchange.

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from raysubset.aggregation import Send, to_differences
@@ -14,7 +15,7 @@ from raysubset.config import WHOLE_SUBSET, Config, MinimizeConfig, derive_seed
 from raysubset.costs import moved_bytes, taken_bytes
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
-from raysubset.models import trainable_names
+from raysubset.models import num_parameters, trainable_names
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
     RunDirectory,
@@ -35,6 +36,7 @@ from raysubset.training import (
     Metrics,
     MinimizeResult,
     Progress,
+    Shard,
     ValidationWatch,
     Weights,
     device_name,
@@ -56,7 +58,7 @@ from raysubset.training import (
 from raysubset.work.networks import Networks
 from raysubset.work.pieces import Piece, Report, TrialPiece
 from raysubset.work.starting import seeded_model
-from raysubset.work.trained import distillation_of, leave_trained
+from raysubset.work.trained import distillation_of, evaluate_together, leave_trained, leaves_out
 
 MOST_KEPT_BYTES = 2**28  # of optimizer states that a process has in memory beside their files
 
@@ -86,6 +88,9 @@ class Minimizer:
 
     Its output in the run directory is a pure function of the piece. If the process dies, another resumes from the last
     checkpoint. Other threads may call reports() and request_stop() meanwhile.
+
+    Several workers of a Ray Train job do a piece together, each with its shard of every batch. The first alone writes
+    to the run directory. If one dies, the group has to start again; it resumes from the last checkpoint, too.
     """
 
     _config: Config  # of the current pieces
@@ -98,6 +103,7 @@ class Minimizer:
         num_gpus: float,
         node: str,
         stream: Callable[..., StreamedExamples] | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """Begin without work.
 
@@ -106,12 +112,15 @@ class Minimizer:
             node: this node's address, for the ledger.
             stream: returns streamed examples that other processes read for stages that Ray Train does, given those
                 that this process would read, and the config.
+            shard: this worker's share of the work; None: all of it.
         """
+        self._shard = shard or Shard()
         self._load_full_set, self._num_gpus, self._node, self._stream = load_full_set, num_gpus, node, stream
         self.networks = Networks()
         self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, and their sizes in bytes
         self._progress: Mapping[int, Progress] = {}  # by place in the current pack
         self._closed: list[Work] = []  # of the current pieces, whose ledger entries have an outcome
+        self._start_bytes = self._step_bytes = 0  # that other workers move, at the start and in each step
         self.is_busy = False
         self._started = time.perf_counter()
         self._is_to_stop = self._preempted = False  # no Event: a signal within its lock would wait for ever
@@ -147,16 +156,16 @@ class Minimizer:
 
         Returns:
             For each piece the minimum's record (minimum.json); None if it was stopped, with a checkpoint written; or
-            the error, if it was one of several and its loss was never finite.
+            the error, if it was one of several and its loss was never finite. All workers but the first return None.
         """
-        device = self._begin(pieces)
-        times: dict[str, Any] = {"started_at": time.time(), "waited_s": waited_s}
+        device, num_workers = self._begin(pieces), self._shard.num
+        more: dict[str, Any] = {"started_at": time.time(), "waited_s": waited_s, "num_workers": num_workers}
         works = [
-            Work(*piece.ledger_key, attempt, self._node, device_name(device), **times)
+            Work(*piece.ledger_key, attempt, self._node, device_name(device), **more)
             for piece, attempt in zip(pieces, attempts, strict=True)
         ]
         for work in works:
-            Ledger(self._run).write(work)
+            self._write(work)
         jobs: list[_Job] = []
         try:
             start = pieces[0].start_weights(self._load_full_set()) if start is None else start
@@ -165,18 +174,20 @@ class Minimizer:
                 jobs.append(self._prepare(piece, begin, work, device, place_in_pack))
             with self._profiled(jobs[0]) as trace:
                 results = self._minimize(jobs, trace)
+            if self._shard.rank:
+                return [None]
             costs = [
                 self._cost_so_far(number) if isinstance(result, DivergedError) else result.cost
                 for number, result in enumerate(results)
             ]
-            apart_s = time.perf_counter() - self._started - sum(cost.device_s for cost in costs)
+            apart_s = num_workers * (time.perf_counter() - self._started) - sum(cost.device_s for cost in costs)
             shared = Cost(device_s=apart_s / len(jobs))  # of the time that was no steps
             return [
                 self._leave(job, result, cost, shared) for job, result, cost in zip(jobs, results, costs, strict=True)
             ]
         except Exception as error:
             self.networks.forget()
-            device_s = (time.perf_counter() - self._started) / len(works)
+            device_s = num_workers * (time.perf_counter() - self._started) / len(works)
             for number, work in enumerate(works):
                 if work not in self._closed:
                     cost = replace(self._cost_so_far(number), device_s=device_s)
@@ -212,6 +223,7 @@ class Minimizer:
         self._config, self._run = pieces[0].config, pieces[0].directory
         self._progress, self._started, self.is_busy = {}, time.perf_counter(), True
         self._closed.clear()
+        self._start_bytes = self._step_bytes = 0
         return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
 
     def _end(self) -> None:
@@ -222,9 +234,16 @@ class Minimizer:
 
     def _close(self, work: Work, outcome: Outcome, cost: Cost, *, error: str | None = None) -> None:
         """Close a ledger entry. The bytes that a pack moved for all count with the first entry that is closed."""
-        entry = replace(work, outcome=outcome, ended_at=time.time(), cost=cost, num_network_bytes=taken_bytes())
-        Ledger(self._run).write(replace(entry, error=error))
+        entry = replace(work, outcome=outcome, ended_at=time.time(), error=error)
+        self._write(entry, cost, num_bytes=taken_bytes())
         self._closed.append(work)
+
+    def _write(self, work: Work, cost: Cost | None = None, *, num_bytes: int = 0) -> None:
+        """Write a ledger entry, with the bytes that this process moved and those of the other workers."""
+        if self._shard.rank == 0:
+            cost = cost or Cost()
+            num_bytes += self._start_bytes + cost.num_steps * self._step_bytes
+            Ledger(self._run).write(replace(work, cost=cost, num_network_bytes=num_bytes))
 
     def _placed(
         self, piece: Piece, start: Weights | None, device: torch.device, place_in_pack: int
@@ -236,10 +255,15 @@ class Minimizer:
             model = place(model, device, channels_last=config.minimize.channels_last)
         else:
             model = self.networks.placed(config, full_set, start, device, place_in_pack=place_in_pack)
+        if self._syncs_batch_norm(device):
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         examples = full_set.training_batches(piece.positions(full_set), device=device, augment=True)
         if piece.by_train and self._stream and isinstance(examples, StreamedExamples):
             examples = self._stream(examples, config=config)
         return model, examples
+
+    def _syncs_batch_norm(self, device: torch.device) -> bool:
+        return self._shard.num > 1 and self._config.fine_tuning.sync_batch_norm and device.type == "cuda"
 
     def _prepare(
         self, piece: Piece, start: Weights | None, work: Work, device: torch.device, place_in_pack: int
@@ -247,7 +271,10 @@ class Minimizer:
         """Put the piece's model and examples on the device, and read its newest checkpoint."""
         config = self._config
         model, examples = self._placed(piece, start, device, place_in_pack)
+        num_before = moved_bytes()
         newest, optimizer_state = self._run.newest_checkpoint(piece.folder), None
+        if self._shard.num > 1:
+            self._meet(piece, model, num_fetched_bytes=moved_bytes() - num_before)
         if piece.optimizer:
             directory, path = piece.optimizer
             optimizer_state, _ = self._optimizers.pop((directory.uri, path), (None, 0))
@@ -256,12 +283,26 @@ class Minimizer:
         recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         state = newest[1] if newest and not starts_over(recipe, newest[1]) else None
+        if state and isinstance(own_states := state.get("own"), list):  # one for each worker
+            state["own"] = own_states[self._shard.rank] if self._shard.rank < len(own_states) else {}
         last_step = state["position"][1] if state else 0
         now = time.perf_counter()
         steps = every_steps, last_step
         job = _Job(piece, start, work, model, examples, recipe, state, optimizer_state, *steps, now, now)
         job.watch = self._watch(job)
         return job
+
+    def _meet(self, piece: Piece, model: torch.nn.Module, *, num_fetched_bytes: int) -> None:
+        """Agree with the other workers on whether steps may leave out parameters, and note what they move.
+
+        That is what they fetch at the start, the weights that the first gives the others, and a ring all-reduce per
+        step: an upper bound if minimize.skipping freezes weights. Sums that are shared, a few numbers, are left out.
+        """
+        recipe, full_set = self._config.stage(piece.stage), self._load_full_set()
+        self._shard = replace(self._shard, leaves_out=leaves_out(piece, model, recipe, full_set, self._shard))
+        num_others, num_weights = self._shard.num - 1, sum(tensor.nbytes for tensor in model.state_dict().values())
+        self._start_bytes = num_others * (full_set.num_bytes + 2 * num_weights + num_fetched_bytes)
+        self._step_bytes = num_others * 2 * recipe.bytes_a_gradient * num_parameters(model)
 
     def _minimize(
         self, jobs: Sequence[_Job], trace: Callable[[], None] | None
@@ -303,7 +344,7 @@ class Minimizer:
 
         def on_step(progress: Progress) -> bool | str:
             outcome = job.watch.look(progress) if job.watch else None
-            if job.watch and job.piece.by_train and progress.epoch_ended:
+            if job.watch and job.piece.by_train and progress.epoch_ended and self._shard.rank == 0:
                 self._run.write_json(history_path(job.piece.stage), job.watch.looks)
             return on_steps({0: replace(progress, cost=progress.cost + job.validation_cost)}) or outcome or False
 
@@ -315,6 +356,7 @@ class Minimizer:
             state=job.state,
             optimizer_state=job.optimizer_state,
             schedule_span=first.schedule_span,
+            shard=self._shard,
             distillation=distillation_of(first, self._load_full_set(), job.examples.device),
             validation=validation,
             on_step=on_step,
@@ -327,14 +369,16 @@ class Minimizer:
 
     def _watch(self, job: _Job) -> ValidationWatch | None:
         """Return a watch of validation data at epochs' ends if the recipe requests one, as all of Ray Train's do."""
-        recipe, piece = job.recipe, job.piece
+        recipe, piece, shard, full_set = job.recipe, job.piece, self._shard, self._load_full_set()
         if not (piece.by_train or recipe.validate_every or recipe.watched_patience()):
             return None
-        examples = self._load_full_set().examples("validation", device=job.examples.device)
+        num = len(full_set.validation)
+        positions = np.arange(shard.rank, num, shard.num) if shard.num > 1 else None
+        examples = full_set.examples("validation", positions, device=job.examples.device)
 
         def validate() -> Metrics:
-            job.validation_cost += Cost(num_forward=len(examples))
-            return evaluate(job.model, examples, recipe)
+            job.validation_cost += Cost(num_forward=num)
+            return evaluate_together(job.model, examples, recipe, shard)
 
         watch = ValidationWatch(
             job.model,
@@ -351,12 +395,13 @@ class Minimizer:
         """Return the function that reports a piece's steps to the user's own listener."""
         stage, round, subset = piece.ledger_key
         work_fields = {"run": self._run.name, "stage": stage, "round": round, "subset": subset}
-        return listener_of(self._config.actors.on_step, **work_fields, rank=0, num_workers=1)
+        shard = self._shard
+        return listener_of(self._config.actors.on_step, **work_fields, rank=shard.rank, num_workers=shard.num)
 
     def _profiled(self, job: _Job) -> AbstractContextManager[Callable[[], None] | None]:
         """Return a context that traces steps of the first subset, or of a full-set stage, if the config says so."""
         piece = job.piece
-        is_first = not (piece.subset_id or piece.round or piece.is_subsample)
+        is_first = not (piece.subset_id or piece.round or piece.is_subsample or self._shard.rank)
         num_steps = self._config.actors.profile if is_first else 0
         return profiled(num_steps, job.examples.device, partial(self._run.write_bytes, trace_path(piece.stage)))
 
@@ -365,17 +410,24 @@ class Minimizer:
 
         The first job of a pack reports the bytes that the pack moved.
         """
-        now_s, ledger = time.perf_counter(), Ledger(self._run)
-        is_due = progress.step - job.last_step >= job.every_steps
-        is_due = is_due or now_s - job.last_at >= self._config.actors.checkpoint_s
+        now_s, num_workers = time.perf_counter(), self._shard.num
+        is_step_due = progress.step - job.last_step >= job.every_steps  # alike in all workers
+        is_due = is_step_due or now_s - job.last_at >= self._config.actors.checkpoint_s
         is_saved = now or (is_due and progress.step < progress.num_steps)
-        if is_saved or now_s - job.beat_at >= ledger.heartbeat_s:
-            num_bytes = moved_bytes() if is_first else 0
+        state = progress.capture() if is_saved else {}
+        if num_workers > 1 and state.get("own"):  # by the clock, which only one looks at, no other would join in
+            is_saved, job.last_at = is_step_due, now_s
+            state["own"] = self._shard.gathered(state["own"]) if is_saved else {}
+        if self._shard.rank:
+            job.last_at = now_s if is_due else job.last_at
+            job.last_step = progress.step if is_step_due else job.last_step
+            return
+        if is_saved or now_s - job.beat_at >= Ledger(self._run).heartbeat_s:
             # Before the checkpoint, so that the work in it is counted
-            ledger.write(replace(job.work, cost=progress.cost, num_network_bytes=num_bytes))
+            self._write(job.work, progress.cost, num_bytes=moved_bytes() if is_first else 0)
             job.beat_at = time.perf_counter()
         if is_saved:
-            state = progress.capture() | (job.watch.state_dict() if job.watch else {})
+            state |= job.watch.state_dict() if job.watch else {}
             if now or not starts_over(job.recipe, state):  # a checkpoint does not help a loop that starts over
                 self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
             job.last_step, job.last_at = progress.step, time.perf_counter()
@@ -395,12 +447,13 @@ class Minimizer:
         full_set, device = self._load_full_set(), job.examples.device
         if piece.by_train:
             assert job.watch is not None
+            shard, syncs = self._shard, self._syncs_batch_norm(device)
             record, measured = leave_trained(
-                job.model, full_set, piece, job.watch, outcome=result.outcome, device=device
+                job.model, full_set, piece, job.watch, result.outcome, device, shard=shard, syncs_batch_norm=syncs
             )
         else:
             record, measured = self._leave_minimum(job, full_set, result.outcome)
-        cost += shared + measured + Cost(device_s=time.perf_counter() - began)
+        cost += shared + measured + Cost(device_s=self._shard.num * (time.perf_counter() - began))
         rounds = self._config.rounds
         has_next = piece.stage == "subsets" and not piece.is_subsample and piece.round + 1 < rounds.num
         if has_next and rounds.optimizer_state != "reset":

@@ -1,19 +1,25 @@
-"""What stages of Ray Train have that other minimizations lack, for its workers and for an actor alone."""
+"""What stages of Ray Train have that other minimizations lack, whether workers do them or an actor alone."""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from raysubset.data import FullSet
-from raysubset.models import new_model
+from raysubset.config import MinimizeConfig
+from raysubset.data import Examples, FullSet
+from raysubset.models import copied, new_model
+from raysubset.run_directory import left_out_path
 from raysubset.training import (
     Cost,
     Distillation,
+    Metrics,
+    Shard,
     ValidationWatch,
     evaluate,
     peak_bytes,
     place,
+    recompute_batch_norm,
+    try_training,
 )
 from raysubset.work.calibration import calibration_examples
 from raysubset.work.pieces import Piece
@@ -32,18 +38,50 @@ def distillation_of(piece: Piece, full_set: FullSet, device: torch.device) -> Di
     return Distillation(teachers, share=tuning.distillation, temperature=tuning.temperature)
 
 
+def leaves_out(piece: Piece, model: nn.Module, recipe: MinimizeConfig, full_set: FullSet, shard: Shard) -> bool:
+    """Return True if steps may leave out parameters, by a trial or an earlier attempt. All workers decide alike."""
+    if ":" not in piece.config.model.name:
+        return False
+    may_leave_out = piece.directory.exists(left_out_path(piece.stage))
+    if not may_leave_out:
+        may_leave_out = bool(try_training(copied(model).cpu(), recipe, full_set.sample()).left_out)
+    device = next(model.parameters()).device
+    return bool(shard.sum(torch.tensor(float(may_leave_out), device=device)).item())
+
+
+def evaluate_together(model: nn.Module, examples: Examples, recipe: MinimizeConfig, shard: Shard) -> Metrics:
+    """Return metrics on the examples of all workers. Each scores its own, with the first one's running statistics."""
+    if shard.num == 1:
+        return evaluate(model, examples, recipe)
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, src=0)
+    part = evaluate(model, examples, recipe)
+    device = examples.device if examples.device.type == "cuda" else "cpu"
+
+    def total(value: Any) -> Tensor:
+        return shard.sum(torch.tensor(value, dtype=torch.float64, device=device))
+
+    sums = {
+        name: (total(value).long() if name.startswith("num_") else total(value)).tolist()
+        for name, value in part.sums.items()
+    }
+    return Metrics.of_sums(examples.task, float(total(part.loss_sum)), sums, int(total(part.num_examples)))
+
+
 def leave_trained(
     model: nn.Module,
     full_set: FullSet,
     piece: Piece,
     watch: ValidationWatch,
-    *,
     outcome: str,
     device: torch.device,
-    num_workers: int = 1,
-    recomputed_batch_norm: bool = False,
+    *,
+    shard: Shard,
+    syncs_batch_norm: bool,
 ) -> tuple[dict[str, Any], Cost]:
     """Measure the trained model on the calibration sample and all validation examples, and write its weights.
+
+    Batch-norm statistics of several workers are the first one's, of its shards alone: they are recomputed first.
 
     Returns:
         The record, which the caller writes after its ledger entry, and the cost of measuring.
@@ -51,15 +89,18 @@ def leave_trained(
     recipe, path = piece.config.minimize, piece.output.weights_path
     calibration = calibration_examples(piece.config, full_set, device)
     validation = full_set.examples("validation", device=device)
+    num_refreshed = 0
+    if shard.num > 1 and not syncs_batch_norm:
+        num_refreshed = recompute_batch_norm(model, calibration, recipe)
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     record = {
         "training": evaluate(model, calibration, recipe).to_dict(),
         "validation": evaluate(model, validation, recipe).to_dict(),
         "history": watch.looks,
         "outcome": outcome,
-        "num_workers": num_workers,
-        "recomputed_batch_norm": recomputed_batch_norm,
+        "num_workers": shard.num,
+        "recomputed_batch_norm": num_refreshed > 0,
         "peak_bytes": peak_bytes(device),
         "files": {path: piece.directory.write_weights(path, weights)},
     }
-    return record, Cost(num_forward=len(calibration) + len(validation))
+    return record, Cost(num_forward=len(calibration) + len(validation) + num_refreshed)

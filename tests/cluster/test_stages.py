@@ -83,8 +83,7 @@ def test_all_stages_two_of_them_by_two_workers_leave_a_model_that_predicts_and_a
     assert int((predicted == rows["label"]).sum()) == report.test.sums["num_correct"]
     assert report.test.accuracy > 0.8
 
-    files = directory.list("trunk/ray_train", recursive=True)
-    assert {path.split("/")[-2] for path in files if "/step-" in path} == {"step-000000020", "step-000000021"}
+    assert [path for path in directory.list("trunk", recursive=True) if path.endswith(".pt")] == []
 
     # the trunk of two workers ends where that of one does
     piece = Piece(made, RunDirectory(str(tmp_path), "alone"), "trunk", by_train=True)
