@@ -163,7 +163,6 @@ def test_units_that_meet_are_one_group_and_others_are_not(body, num_features, mo
     [
         (lambda net, x: x.cumsum(1), 6, {}, "cumsum"),
         (lambda net, x: x.sort(1).values, 6, {}, "sort"),
-        (lambda net, x: x + torch.linspace(0, 1, 6).view(1, 6, 1, 1), 6, {}, "add"),
         (lambda net, x: net.a(x), 6, {"a": nn.LocalResponseNorm(2)}, "a (LocalResponseNorm)"),
     ],
 )
@@ -173,6 +172,14 @@ def test_units_that_an_unknown_operation_sees_stay_in_place(body, num_features, 
     assert sizes(structure) == [4]
     assert structure.num_fixed_groups == 1
     assert structure.held_by[0].startswith(held_by)
+
+
+def test_units_of_which_each_has_a_constant_of_its_own_stay_in_place():
+    scales = torch.linspace(0, 1, 6).view(1, 6, 1, 1)
+    model = Network(lambda net, x: net.last(x + scales), 4, last=nn.Conv2d(6, 4, 1))
+    assert sizes(assert_unchanged(model, (3, 8, 8))) == [4]
+    alike = Network(lambda net, x: net.last(x + scales[:, :1]), 4, last=nn.Conv2d(6, 4, 1))
+    assert sizes(assert_unchanged(alike, (3, 8, 8))) == [6, 4]
 
 
 def test_units_that_meet_each_other_crosswise_stay_in_place():

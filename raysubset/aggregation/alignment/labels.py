@@ -3,53 +3,57 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
 FIXED = 0  # the unit of all that never moves: images, logits, and what is computed from them alone
+_PRIME = 0x9E3779B97F4A7C15 - 2**64  # odd, so that int64 products of roles, which wrap around, stay distinct
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The unit of each entry of a tensor, and its role among that unit's entries.
+    """The unit of each entry of a tensor, and its role among that unit's entries: int64, of the tensor's shape.
 
-    Both tensors have the labelled tensor's dimensions, with size 1 where every unit treats all indices alike: the
-    labels of a convolution's outputs [N, C, H, W] are [1, C, 1, 1]. Exchanging units u and v exchanges the entries
-    (u, r) and (v, r) at equal indices of the other dimensions. After flattening, the role is the pixel of a unit's map.
+    Exchanging units u and v exchanges the entries (u, r) and (v, r). Of a convolution's outputs [N, C, H, W], the
+    channel is the unit, and example and pixel are the role. Roles are compared, and mean nothing else.
     """
 
-    units: Tensor  # int64
-    roles: Tensor  # int64, of the same shape
+    units: Tensor
+    roles: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.units.shape
 
     @property
     def fixed(self) -> bool:
         """True if no permutation moves any entry."""
-        return self.units.numel() == 1 and self.units.item() == FIXED
+        return not self.units.any()
 
     def dims(self) -> list[int]:
         """Return the dimensions along which units differ."""
-        return [dim for dim, size in enumerate(self.units.shape) if size > 1]
+        units = self.units
+        return [dim for dim in range(units.ndim) if not torch.equal(units, units.narrow(dim, 0, 1).expand_as(units))]
+
+    def along(self, dim: int) -> tuple[Tensor, Tensor] | None:
+        """Return units and roles, int64 [shape[dim]] each, of the dimension's indices; None if others tell units apart.
+
+        Indices of equal roles have entries of equal roles. They are numbered from 0 in the order of their appearance.
+        """
+        units, roles = (part.movedim(dim, 0).flatten(1) for part in (self.units, self.roles))
+        if not torch.equal(units, units[:, :1].expand_as(units)):
+            return None
+        factors = torch.randint(2**62, roles.shape[1:], generator=torch.Generator().manual_seed(0))
+        digests = {digest: number for number, digest in enumerate(dict.fromkeys((roles * factors).sum(1).tolist()))}
+        return units[:, 0], torch.tensor([digests[digest] for digest in (roles * factors).sum(1).tolist()])
 
 
-@dataclass(frozen=True, eq=False)
-class Value:
-    """A node's tensor, as tracing sees it."""
-
-    node: str  # its name in the graph
-    shape: torch.Size
-    labels: Labels
-
-    def along(self, dim: int) -> tuple[Tensor, Tensor]:
-        """Return units and roles, int64 [shape[dim]] each, of labels that differ along this dimension only."""
-        size = self.shape[dim]
-        return self.labels.units.reshape(-1).expand(size), self.labels.roles.reshape(-1).expand(size)
-
-
-@dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """An axis of a parameter or buffer, or of some of its rows if a grouped convolution's groups differ."""
 
     names: tuple[str, ...]  # in the state dict; several for a shared tensor
@@ -77,119 +81,59 @@ class Layer:
     dim: int  # of the channels
 
 
-def fixed_labels(num_dims: int) -> Labels:
-    zero = torch.zeros([1] * num_dims, dtype=torch.int64)
-    return Labels(zero, zero)
+def fixed_labels(shape: Sequence[int]) -> Labels:
+    index = torch.arange(math.prod(shape)).reshape(tuple(shape))
+    return Labels(torch.zeros_like(index), index)
 
 
-def labels_along(dim: int, num_dims: int, units: Tensor, roles: Tensor) -> Labels:
-    """Return labels that differ along one dimension, from int64 [C] each."""
-    shape = [1] * num_dims
-    shape[dim] = -1
-    return Labels(units.reshape(shape), roles.reshape(shape))
+def labels_along(dim: int, shape: Sequence[int], units: Tensor, roles: Tensor) -> Labels:
+    """Return labels of a tensor of this shape whose units differ along one dimension, from int64 [shape[dim]] each."""
+    view = [-1 if d == dim else 1 for d in range(len(shape))]
+    index = torch.arange(math.prod(shape) // shape[dim]).reshape([1 if d == dim else n for d, n in enumerate(shape)])
+    roles = roles.view(view) * index.numel() + index if roles.any() else index
+    return Labels(units.view(view).expand(shape), roles.expand(shape))
 
 
-def find_values(arguments: Any) -> list[Value]:
-    """Return all values in nested arguments, in order."""
-    values: list[Value] = []
-
-    def visit(argument: Any) -> Any:
-        if isinstance(argument, Value):
-            values.append(argument)
-        return argument
-
-    map_aggregate(arguments, visit)
-    return values
+def find(kind: type[T], arguments: Any) -> list[T]:
+    """Return all objects of a class in nested arguments, in order."""
+    found: list[T] = []
+    map_aggregate(arguments, lambda argument: found.append(argument) if isinstance(argument, kind) else None)
+    return found
 
 
-def moved(operation: Callable[..., Any], args: Any, kwargs: Any) -> list[Labels] | None:
-    """Return labels after an operation that only moves entries (reshape, cat, …). It is applied to the labels.
+def moved(operation: Callable[..., Any], args: Any, kwargs: Any) -> Labels | tuple[Labels, ...]:
+    """Return labels after an operation that only moves entries (reshape, cat, …). It is applied to the labels."""
+    numbers = {id(labels): number for number, labels in enumerate(find(Labels, (args, kwargs)))}
 
-    Returns:
-        Labels of each resulting tensor; None if they cannot be described by labels.
-    """
-    numbers = {id(value): number for number, value in enumerate(find_values((args, kwargs)))}
-    results = []
-    for part in (0, 1):
+    def apply(part: Callable[[Labels], Tensor]) -> Any:
+        def entries(argument: Any) -> Any:
+            return part(argument).contiguous() if isinstance(argument, Labels) else argument
 
-        def entries(argument: Any, part: int = part) -> Any:
-            if not isinstance(argument, Value):
-                return argument
-            units, roles = _expanded(argument)
-            # The entries of one unit that come from several tensors are told apart by the tensor.
-            return roles * len(numbers) + numbers[id(argument)] if part else units
+        return operation(*map_aggregate(args, entries), **map_aggregate(kwargs, entries))
 
-        result = operation(*map_aggregate(args, entries), **map_aggregate(kwargs, entries))
-        results.append([result] if isinstance(result, Tensor) else list(result))
-    all_labels = [_collapsed(units, roles) for units, roles in zip(*results, strict=True)]
-    labels_found = [labels for labels in all_labels if labels is not None]
-    return labels_found if len(labels_found) == len(all_labels) else None
+    units = apply(lambda labels: labels.units)
+    # the entries of one unit that come from several tensors are told apart by the tensor
+    roles = apply(lambda labels: labels.roles * _PRIME + numbers[id(labels)] if len(numbers) > 1 else labels.roles)
+    return Labels(units, roles) if isinstance(units, Tensor) else tuple(map(Labels, units, roles))
 
 
-def joined(values: Sequence[Value], num_dims: int) -> tuple[Labels, list[tuple[Tensor, Tensor]]]:
+def joined(values: Sequence[Labels], shape: torch.Size) -> tuple[Labels, list[tuple[Tensor, Tensor]]]:
     """Return labels of an elementwise operation's result, and pairs of units (int64 [n] each) that become the same.
 
+    Entries of operands that never move tell the others' roles apart, as a table of constants does.
+
     Args:
-        values: operands that are not fixed, at least one. They are broadcast as torch does.
+        values: operands, at least one. They are broadcast as torch does.
     """
-    units, roles = (
-        torch.broadcast_tensors(*[part[(None,) * (num_dims - part.ndim)] for part in parts])
-        for parts in ([v.labels.units for v in values], [v.labels.roles for v in values])
-    )
-    role = roles[0]
-    for other in roles[1:]:
-        role = _renumbered(role * (int(other.max()) + 1) + other)
-    return Labels(units[0], role), [(units[0].flatten(), other.flatten()) for other in units[1:]]
-
-
-def with_labels(node: str, result: Any, labels: Labels | list[Labels] | None) -> Any:
-    """Return a node's tensor or tensors as values, which are fixed if there are no labels."""
-    if isinstance(result, Tensor):
-        tensor_labels = labels[0] if isinstance(labels, list) else labels
-        return Value(node, result.shape, tensor_labels or fixed_labels(result.ndim))
-    assert labels is None or isinstance(labels, list)
-    if isinstance(result, tuple | list):
-        part_labels = labels or [None] * len(result)
-        return tuple(with_labels(node, part, label) for part, label in zip(result, part_labels, strict=True))
-    return result
-
-
-def holds_tensors(result: Any) -> bool:
-    return isinstance(result, Tensor) or (isinstance(result, tuple | list) and any(map(holds_tensors, result)))
-
-
-def find_tensors(arguments: Any) -> list[Tensor]:
-    """Return the parameters and buffers in nested arguments."""
-    tensors: list[Tensor] = []
-    map_aggregate(arguments, lambda argument: tensors.append(argument) if isinstance(argument, Tensor) else None)
-    return tensors
-
-
-def _expanded(value: Value) -> tuple[Tensor, Tensor]:
-    """Return units and roles of every entry, int64 of the tensor's shape. Roles include the plain dimensions' index."""
-    labels = value.labels
-    sizes = [full if size == 1 else 1 for full, size in zip(value.shape, labels.units.shape, strict=True)]
-    index = torch.arange(math.prod(sizes)).reshape(sizes)
-    roles = labels.roles * index.numel() + index
-    return labels.units.expand(value.shape).contiguous(), roles.expand(value.shape).contiguous()
-
-
-def _collapsed(units: Tensor, roles: Tensor) -> Labels | None:
-    """Invert _expanded(). None if indices of a plain dimension mean different things to different units."""
-    plain = [dim for dim in range(units.ndim) if bool((units == units.narrow(dim, 0, 1)).all())]
-    first_units, first_roles = units, roles
-    for dim in plain:
-        first_units, first_roles = first_units.narrow(dim, 0, 1), first_roles.narrow(dim, 0, 1)
-    labels = Labels(first_units.clone(), _renumbered(first_roles))
-    if labels.fixed:
-        return labels
-    sizes = [units.shape[dim] if dim in plain else 1 for dim in range(units.ndim)]
-    index = torch.arange(math.prod(sizes)).reshape(sizes)
-    key = (labels.roles * index.numel() + index).expand(roles.shape)  # must determine the role, whatever the unit
-    table = roles.new_zeros(int(key.max()) + 1)
-    table[key.flatten()] = roles.flatten()
-    return labels if torch.equal(table[key], roles) else None
-
-
-def _renumbered(roles: Tensor) -> Tensor:
-    return torch.unique(roles, return_inverse=True)[1].reshape(roles.shape)
+    first, *others = (Labels(value.units.expand(shape), value.roles.expand(shape)) for value in values)
+    units, roles, pairs = first.units, first.roles, []
+    for other in others:
+        if not torch.equal(roles, other.roles):
+            roles = roles * _PRIME + other.roles
+        if other.fixed or not units.any():
+            units = units if other.fixed else other.units
+            continue
+        dims = {*Labels(units, roles).dims(), *other.dims()}
+        differing = tuple(slice(None) if dim in dims else 0 for dim in range(len(shape)))
+        pairs.append((units[differing].flatten(), other.units[differing].flatten()))
+    return Labels(units, roles), pairs

@@ -1,6 +1,7 @@
 """Traces the permutation structure of a network: which units may change places, and what moves with them."""
 
 import copy
+from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,14 +119,12 @@ def trace_units(model: nn.Module, spec: Spec) -> UnitStructure:
     _randomize(model)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(_NUM_EXAMPLES, *spec.inputs, dtype=torch.float64, generator=generator)
-    names: dict[int, tuple[str, ...]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names[id(tensor)] = (*names.get(id(tensor), ()), name)
-    tracer = UnitTracer(network, names)
+    tracer, outputs = UnitTracer(network, model.state_dict(keep_vars=True)), inputs
     with torch.no_grad():
-        expected = tracer.run(inputs)
+        for node, outputs in walk(network, inputs):
+            tracer.follow(node, outputs)
         structure = _structure(tracer, network.graph)
-        _check(network, structure, inputs, expected, generator)
+        _check(network, structure, inputs, outputs, generator)
     network.graph.owning_module = None  # else the structure would keep the copy alive
     return structure
 
@@ -174,41 +173,40 @@ def _graph(model: nn.Module) -> fx.Graph:
 
 def _structure(tracer: UnitTracer, graph: fx.Graph) -> UnitStructure:
     unit_class = _classes(tracer)
-    num = int(unit_class.max()) + 1
-    is_held = np.zeros(num, dtype=bool)  # classes that stay in place: by an unknown operation or a contradiction
-    for units, _ in tracer.held:
-        is_held[unit_class[units]] = True
-    kind = _kinds(tracer, unit_class, is_held)
-    is_fixed = np.zeros(num, dtype=bool)
+    kind, is_held = _kinds(tracer, unit_class)
+    is_fixed = np.zeros_like(is_held)
     is_fixed[unit_class[FIXED]] = True
     is_movable = ~is_fixed & ~is_held
-    members = np.bincount(kind[is_movable], minlength=int(kind.max()) + 1)
+    _, group_of_movable, sizes = np.unique(kind[is_movable], return_inverse=True, return_counts=True)
+    group_of = np.full(len(kind), -1)  # of each class; -1: it stays in place, or may change places with no other
+    group_of[is_movable] = np.where(sizes[group_of_movable] > 1, group_of_movable, -1)
     axes: dict[int, list[UnitAxis]] = {}
-    activations: dict[int, list[Activation]] = {}
+    activations: dict[int, list[Activation]] = defaultdict(list)
     for site in tracer.sites:
-        classes = unit_class[site.units]
-        kinds = np.where(is_movable[classes] & (members[kind[classes]] > 1), kind[classes], -1)
-        order = np.lexsort((site.roles.numpy(), classes, kinds))
-        for group_kind in np.unique(kinds[kinds >= 0]):
-            kind_order = order[kinds[order] == group_kind]
-            positions = torch.from_numpy(kind_order.reshape(members[group_kind], -1))
-            axes.setdefault(group_kind, []).extend(
-                UnitAxis(use.names, use.axis, positions, use.rows) for use in site.uses
-            )
+        classes = unit_class[site.units.numpy()]
+        order = np.lexsort((site.roles.numpy(), classes))
+        for group in dict.fromkeys(group_of[classes].tolist()):
+            if group < 0:
+                continue
+            places = order[group_of[classes[order]] == group]
+            positions = torch.from_numpy(places.reshape(sizes[group], -1))
+            for use in site.uses:
+                axes.setdefault(group, []).append(UnitAxis(use.names, use.axis, positions, use.rows))
             if site.seen_in is not None:
-                activations.setdefault(group_kind, []).append(Activation(*site.seen_in, positions))
-    groups = [
-        UnitGroup(
-            _name(group_axes), int(members[group_kind]), tuple(group_axes), tuple(activations.get(group_kind, ()))
-        )
-        for group_kind, group_axes in axes.items()
-        if group_axes
-    ]
+                activations[group].append(Activation(*site.seen_in, positions))
+    groups = tuple(
+        UnitGroup(_name(group_axes), int(sizes[group]), tuple(group_axes), tuple(activations[group]))
+        for group, group_axes in axes.items()
+    )
     if not groups:
         raise refusal(f"all are kept in place by {tracer.held[0][1]}" if tracer.held else "none are hidden")
-    held_by = tuple(dict.fromkeys(place for units, place in tracer.held if not is_fixed[unit_class[units]].all()))
-    layers = tuple(layer for layer, units in tracer.layers if not is_fixed[unit_class[units]].all())
-    return UnitStructure(tuple(groups), len(np.unique(kind[is_held & ~is_fixed])), held_by, layers, graph)
+
+    def moves(units: Tensor) -> bool:
+        return not is_fixed[unit_class[units.numpy()]].all()
+
+    held_by = tuple(dict.fromkeys(place for units, place in tracer.held if moves(units)))
+    layers = tuple(layer for layer, units in tracer.layers if moves(units))
+    return UnitStructure(groups, len(np.unique(kind[is_held & ~is_fixed])), held_by, layers, graph)
 
 
 def _classes(tracer: UnitTracer) -> np.ndarray:
@@ -222,27 +220,24 @@ def _classes(tracer: UnitTracer) -> np.ndarray:
     return connected_components(joined, directed=False)[1]
 
 
-def _kinds(tracer: UnitTracer, unit_class: np.ndarray, is_held: np.ndarray) -> np.ndarray:
-    """Return int [num_classes], equal for classes in the same sites and roles. Adds contradictions to `is_held`."""
-    kind = np.zeros(len(is_held), dtype=np.int64)
-    num_kinds = 1
+def _kinds(tracer: UnitTracer, unit_class: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return uint64 [num_classes], equal for classes in the same sites and roles, and which classes stay in place.
+
+    Each role of a site has a random number, and a class the sum of those of its roles. Held are classes that an unknown
+    operation sees, and those that are found in one role twice, which is a contradiction.
+    """
+    random = np.random.default_rng(0)
+    kind = np.zeros(int(unit_class.max()) + 1, dtype=np.uint64)
+    is_held = np.zeros(len(kind), dtype=bool)
+    for units, _ in tracer.held:
+        is_held[unit_class[units.numpy()]] = True
     for site in tracer.sites:
-        classes, roles = unit_class[site.units], site.roles.numpy()
-        order = np.lexsort((roles, classes))
-        classes, roles = classes[order], roles[order]
+        classes, (distinct, roles) = unit_class[site.units.numpy()], np.unique(site.roles.numpy(), return_inverse=True)
+        np.add.at(kind, classes, random.integers(2**64, size=len(distinct), dtype=np.uint64)[roles])
         if site.once:
-            is_repeated = (classes[1:] == classes[:-1]) & (roles[1:] == roles[:-1])
-            is_held[classes[1:][is_repeated]] = True
-        present, counts = np.unique(classes, return_counts=True)
-        starts = counts.cumsum() - counts
-        for count in np.unique(counts):  # classes present this often are told apart by their roles and kind so far
-            has_count = counts == count
-            patterns = roles[starts[has_count][:, None] + np.arange(count)]
-            features = np.column_stack([kind[present[has_count]], patterns])
-            refined = np.unique(features, axis=0, return_inverse=True)[1].reshape(-1)
-            kind[present[has_count]] = num_kinds + refined
-            num_kinds += int(refined.max()) + 1
-    return kind
+            found, counts = np.unique(classes * len(distinct) + roles, return_counts=True)
+            is_held[found[counts > 1] // len(distinct)] = True
+    return kind, is_held
 
 
 def _name(axes: Sequence[UnitAxis]) -> str:
