@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from raysubset.aggregation import (
     Aggregate,
+    Context,
     Minimum,
     barrier,
     dare,
@@ -32,6 +33,8 @@ from raysubset.aggregation import (
     uniform_soup,
     weighted_soup,
 )
+from raysubset.aggregation.methods import combine_in
+from raysubset.config import AggregationConfig
 from raysubset.training import Cost, Metrics, Weights
 from tests.tiny import SQUARED_ERROR, cnn, examples, metrics, same_bits, weights
 
@@ -253,26 +256,23 @@ def test_the_best_of_independent_starts_is_labelled_and_allowed():
 
 AVERAGES = {
     "uniform_soup": uniform_soup,
-    "weighted_soup": lambda minima, **options: weighted_soup(minima, weight_by="examples", **options),
-    "greedy_soup": lambda minima, **options: greedy_soup(minima, lambda _: metrics(0.0, 0, 1), **options),
+    "weighted_soup": lambda minima: weighted_soup(minima, weight_by="examples"),
+    "greedy_soup": lambda minima: greedy_soup(minima, lambda _: metrics(0.0, 0, 1)),
 }
 
 
-@pytest.mark.parametrize("name", AVERAGES)
+@pytest.mark.parametrize("name", ["uniform_soup", "weighted_soup", "greedy_soup", "fisher", "regmean", "savgm"])
 def test_a_mean_of_independent_starts_is_refused_or_labelled(name):
     minima = [replace(m, start_id=str(m.subset_id)) for m in points(1.0, 2.0)]
+    statistics = {"fisher": {"w": torch.ones(1)}, "gram": {}, "subsample": {"w": torch.ones(1)}}
+    minima = [replace(m, load_statistics=statistics.__getitem__) for m in minima]
+    context = Context(None, frozenset({"w"}), lambda _: metrics(0.0, 0, 1), lambda _: pytest.fail("aligned"), 0)
     assert not shares_start(minima)
     with pytest.raises(ValueError, match=f"{name} averages minima that share no start, .* use subsets.start=shared"):
-        AVERAGES[name](minima)
-    soup = AVERAGES[name](minima, allow_independent=True)
+        combine_in(context, minima, AggregationConfig(method=name))
+    soup = combine_in(context, minima, AggregationConfig(method=name, allow_independent=True, savgm_fraction=0.5))
     assert not soup.shared_start
-    assert soup.weights["w"].item() == 1.5
-
-
-@pytest.mark.parametrize("name", AVERAGES)
-def test_nothing_has_no_mean(name):
-    with pytest.raises(ValueError, match="at least one minimum"):
-        AVERAGES[name]([])
+    assert soup.weights["w"].item() == pytest.approx(2.0 if name == "savgm" else 1.5)
 
 
 @pytest.mark.parametrize("name", AVERAGES)
@@ -297,9 +297,11 @@ def test_losses_that_are_no_numbers_are_refused_where_they_decide():
         select_best(points(1.0, 2.0, losses=[math.nan, math.inf]))
     with pytest.raises(ValueError, match="no minimum to choose from"):
         select_best([])
-    with pytest.raises(ValueError, match="subset 1 has a validation loss of nan, which cannot be a weight"):
+    with pytest.raises(
+        ValueError, match="subset 1 has a validation loss of nan, and weights by the inverse need finite"
+    ):
         weighted_soup(points(1.0, 2.0, losses=[0.1, math.nan]), weight_by="validation_loss")
-    with pytest.raises(ValueError, match=r"subset 1 has a validation loss of -0\.5, and weights by the inverse need"):
+    with pytest.raises(ValueError, match=r"subset 0 has a validation loss of -0\.1, and weights by the inverse need"):
         weighted_soup(points(1.0, 2.0, 3.0, losses=[-0.1, -0.5, 2.0]), weight_by="validation_loss")
 
 

@@ -16,6 +16,7 @@ from raysubset.aggregation import (
     refuse_contradictions,
     statistics_of,
 )
+from raysubset.aggregation.methods import combine_in
 from raysubset.config import AGGREGATIONS, AggregationConfig
 from raysubset.training import Weights
 from tests.tiny import metrics
@@ -39,7 +40,7 @@ def test_what_averages_refuses_independent_starts_unless_the_user_insists() -> N
         if name in ("select_best", "aligned_soup", "auto"):
             refuse_contradictions(config)
             continue
-        with pytest.raises(ValueError, match=rf"method={name} averages .* use subsets.start=shared"):
+        with pytest.raises(ValueError, match=rf"{name} averages .* use subsets.start=shared"):
             refuse_contradictions(config)
         refuse_contradictions(config.with_overrides({"aggregation.allow_independent": True}))
 
@@ -126,7 +127,7 @@ def test_a_method_of_the_users_makes_weights_of_the_members_form() -> None:
     assert made.weights["n"].dtype == torch.int64
     assert (made.method, made.subset_ids, made.shared_start) == ("averages:median", (0, 1, 2), True)
     with pytest.raises(ValueError, match="averages:median averages minima that share no start"):
-        method_of(config).combine(minima(1.0, 2.0, start_id="{}"), context())
+        combine_in(context(), minima(1.0, 2.0, start_id="{}"), config)
     assert "averages:median" in Config(aggregation=config).functions().values()
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from raysubset.aggregation.records import Aggregate, Method, Minimum, Needs
 from raysubset.aggregation.streaming import (
     aggregate_of,
-    check_start,
     load_members,
     load_statistics,
     mean_of,
@@ -23,24 +22,21 @@ RIDGE = 1e-6  # times a Gram matrix's trace, added if it is singular: above floa
 
 def curvature_methods(config: AggregationConfig) -> dict[str, Method]:
     """Return the means that are weighted by curvature, with the config's settings."""
-    independent = {"allow_independent": config.allow_independent}
     return {
         "fisher": Method(
-            lambda minima, _: fisher_merge(minima, floor=FISHER_FLOOR, **independent),
+            lambda minima, _: fisher_merge(minima),
             Needs(statistics=("fisher",)),
             ("statistics_examples", "fisher_labels"),
         ),
         "regmean": Method(
-            lambda minima, _: regmean(minima, factor=config.regmean_factor, **independent),
+            lambda minima, _: regmean(minima, factor=config.regmean_factor),
             Needs(statistics=("gram",)),
             ("statistics_examples", "regmean_factor"),
         ),
     }
 
 
-def fisher_merge(
-    minima: Sequence[Minimum], *, floor: float, normalised: bool = True, allow_independent: bool = False
-) -> Aggregate:
+def fisher_merge(minima: Sequence[Minimum], *, floor: float = FISHER_FLOOR, normalised: bool = True) -> Aggregate:
     """Return Σ F_i θ_i / Σ F_i elementwise; F_i is a member's diagonal Fisher (Matena & Raffel 2022, arXiv:2111.09832).
 
     For quadratic losses with diagonal curvatures F_i this is the minimum of their sum, if `normalised` is False. Our
@@ -53,11 +49,8 @@ def fisher_merge(
         floor: the least F_i, positive. It decides for parameters on which no member's loss depends.
 
     Raises:
-        ValueError: if a member has no fisher statistics, the floor is not positive, and as uniform_soup().
+        ValueError: if a member has no fisher statistics, and as uniform_soup().
     """
-    if not floor > 0:
-        raise ValueError(f"floor = {floor} must be positive: parameters without curvature would have no weight")
-    check_start("fisher", minima, allow_independent=allow_independent)
     plain, sums, totals = mean_of(minima), Weights(), Weights()
     dtypes: dict[str, torch.dtype] = {}
     for minimum, weights in load_members(minima):
@@ -74,11 +67,10 @@ def fisher_merge(
             totals[key].add_(weight, alpha=minimum.num_examples / scale)
             sums[key].addcmul_(weight, weights[key].to(weight.dtype), value=minimum.num_examples / scale)
     merged = plain.weights() | {key: sums[key].div_(totals[key]).to(dtypes[key]) for key in sums}
-    merged = {key: merged[key] for key in dtypes}
     return aggregate_of("fisher", minima, merged, [m.num_examples for m in minima], plain)
 
 
-def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool = False) -> Aggregate:
+def regmean(minima: Sequence[Minimum], *, factor: float) -> Aggregate:
     """Return W = (Σ G_i)⁻¹ Σ G_i W_i for linear and convolution layers (RegMean, Jin et al. 2023, arXiv:2212.09849).
 
     G_i is XᵀX of the layer's inputs on the member's subset, with off-diagonals times `factor`. W are the weights whose
@@ -93,7 +85,6 @@ def regmean(minima: Sequence[Minimum], *, factor: float, allow_independent: bool
     Raises:
         ValueError: if a member has no gram statistics, and as uniform_soup().
     """
-    check_start("regmean", minima, allow_independent=allow_independent)
     mean, grams, products = mean_of(minima), Weights(), Weights()
     for minimum, weights in load_members(minima):
         mean.add(weights, minimum.num_examples)

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from raysubset.aggregation.methods import method_of
+from raysubset.aggregation.methods import combine_in, method_of
 from raysubset.aggregation.records import Aggregate, Context, Minimum
 from raysubset.config import AggregationConfig, MinimizeConfig
 from raysubset.data import Examples
@@ -113,7 +113,7 @@ def merge(
         align=align,
         seed=seed,
     )
-    return method_of(config).combine(minima, context).weights
+    return combine_in(context, minima, config).weights
 
 
 def _metrics(loss: float) -> Metrics:

@@ -9,7 +9,7 @@ from raysubset.aggregation.curvature import curvature_methods
 from raysubset.aggregation.records import Aggregate, Context, Method, Minimum, Needs
 from raysubset.aggregation.scorer import Scorer
 from raysubset.aggregation.soups import soup_methods, uniform_soup
-from raysubset.aggregation.streaming import check_start, load_member, refuse_not_finite, refuse_other_architecture
+from raysubset.aggregation.streaming import load_member, refuse_not_finite, refuse_other_architecture, shares_start
 from raysubset.aggregation.task_vectors import task_vector_methods
 from raysubset.config import AggregationConfig, Config
 from raysubset.training import Metrics, Weights
@@ -69,12 +69,7 @@ def statistics_of(config: Config) -> tuple[str, ...]:
 def refuse_contradictions(config: Config) -> None:
     """Raise a ValueError if the config's method cannot have what it needs."""
     name, needs = config.aggregation.method, method_of(config.aggregation).needs
-    if config.subsets.start == "independent" and needs.shared_start and not config.aggregation.allow_independent:
-        raise ValueError(
-            f"aggregation.method={name} averages minima that share no start, which gives a useless mean: use "
-            "subsets.start=shared, aggregation.method=aligned_soup or select_best, or aggregation.allow_independent to "
-            "average them anyway"
-        )
+    _refuse_independent(config.aggregation, shared_start=config.subsets.start == "shared")
     if config.rounds.overlaps and (needs.validation or needs.statistics or needs.parts):
         raise ValueError(
             f"aggregation.method={name} goes by measurements where minima ended, and rounds.overlap moves minima "
@@ -83,6 +78,15 @@ def refuse_contradictions(config: Config) -> None:
     if config.rounds.num > 1 and config.rounds.evaluate_every > 1 and needs.validation:
         raise ValueError(
             f"aggregation.method={name} chooses by validation in every round: set rounds.evaluate_every to 1"
+        )
+
+
+def _refuse_independent(config: AggregationConfig, *, shared_start: bool) -> None:
+    if method_of(config).needs.shared_start and not (shared_start or config.allow_independent):
+        raise ValueError(
+            f"{config.method} averages minima that share no start, which gives a useless mean: use "
+            "subsets.start=shared, aggregation.method=aligned_soup or select_best, or aggregation.allow_independent to "
+            "average them anyway"
         )
 
 
@@ -106,7 +110,13 @@ def combine(
     """
     if len(minima) == 1:
         return replace(uniform_soup(minima), method=config.method)
-    return method_of(config).combine(minima, scorer.context(config, start=start, seed=seed))
+    return combine_in(scorer.context(config, start=start, seed=seed), minima, config)
+
+
+def combine_in(context: Context, minima: Sequence[Minimum], config: AggregationConfig) -> Aggregate:
+    """Return the aggregate by the config's method. It is refused if the method averages and minima share no start."""
+    _refuse_independent(config, shared_start=shares_start(minima))
+    return method_of(config).combine(minima, context)
 
 
 def _refuse_unmeasured(minima: Sequence[Minimum], context: Context) -> Aggregate:
@@ -121,8 +131,6 @@ def _users(config: AggregationConfig) -> Method:
         raise ValueError(f"{_FIELD} = {name!r}: its attribute needs should be raysubset.aggregation.Needs(…)")
 
     def combine(minima: Sequence[Minimum], context: Context) -> Aggregate:
-        independent = config.allow_independent or not needs.shared_start
-        shares_a_start = check_start(name, minima, allow_independent=independent)
         weights = call_function(_FIELD, name, minima, context)
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError(
@@ -132,6 +140,6 @@ def _users(config: AggregationConfig) -> Method:
         refuse_other_architecture(first_weights, weights)
         weights = {key: weights[key].detach().to("cpu", value.dtype) for key, value in first_weights.items()}
         refuse_not_finite(weights, minima)
-        return Aggregate(name, weights, tuple(minimum.subset_id for minimum in minima), (), shares_a_start)
+        return Aggregate(name, weights, tuple(minimum.subset_id for minimum in minima), (), shares_start(minima))
 
     return Method(combine, needs)

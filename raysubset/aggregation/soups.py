@@ -8,10 +8,8 @@ import torch
 
 from raysubset.aggregation.records import Aggregate, Method, Minimum, Needs, Score
 from raysubset.aggregation.streaming import (
-    CURE,
     RunningMean,
     aggregate_of,
-    check_start,
     load_member,
     mean_of,
     refuse_not_finite,
@@ -24,18 +22,15 @@ from raysubset.training import Metrics, sampled_outputs
 
 def soup_methods(config: AggregationConfig) -> dict[str, Method]:
     """Return the plain means and choices, with the config's settings."""
-    independent = {"allow_independent": config.allow_independent}
     by_loss = Needs(validation=config.weight_by == "validation_loss")
     greedy = Needs(validation=True, forward=lambda num, sizes: num * (sizes.refreshing + sizes.validation))
     best = Needs(shared_start=False, validation=True, forward=lambda num, sizes: sizes.validation)
     return {
-        "uniform_soup": Method(lambda minima, _: uniform_soup(minima, **independent)),
+        "uniform_soup": Method(lambda minima, _: uniform_soup(minima)),
         "weighted_soup": Method(
-            lambda minima, _: weighted_soup(minima, weight_by=config.weight_by, **independent),
-            by_loss,
-            ("weight_by",),
+            lambda minima, _: weighted_soup(minima, weight_by=config.weight_by), by_loss, ("weight_by",)
         ),
-        "greedy_soup": Method(lambda minima, context: greedy_soup(minima, context.score, **independent), greedy),
+        "greedy_soup": Method(lambda minima, context: greedy_soup(minima, context.score), greedy),
         "select_best": Method(lambda minima, _: select_best(minima), best),
     }
 
@@ -50,17 +45,16 @@ def select_best(minima: Sequence[Minimum]) -> Aggregate:
     return Aggregate("select_best", load_member(best), (best.subset_id,), (1.0,), shares_start(minima))
 
 
-def uniform_soup(minima: Sequence[Minimum], *, allow_independent: bool = False) -> Aggregate:
+def uniform_soup(minima: Sequence[Minimum]) -> Aggregate:
     """Return the elementwise mean of the weights (Wortsman et al. 2022, arXiv:2203.05482).
 
     Raises:
-        ValueError: if there is nothing to average, the minima differ in keys or shapes, one holds NaN, or they share
-            no start and allow_independent is not set.
+        ValueError: if the minima differ in keys or shapes, or one holds NaN.
     """
-    return _mean("uniform_soup", minima, [1.0] * len(minima), allow_independent=allow_independent)
+    return _mean("uniform_soup", minima, [1.0] * len(minima))
 
 
-def weighted_soup(minima: Sequence[Minimum], *, weight_by: str, allow_independent: bool = False) -> Aggregate:
+def weighted_soup(minima: Sequence[Minimum], *, weight_by: str) -> Aggregate:
     """Return the mean weighted by subset sizes (federated averaging, arXiv:1602.05629) or inverse validation losses.
 
     Weighting by the inverse of the loss is this project's own choice.
@@ -72,28 +66,22 @@ def weighted_soup(minima: Sequence[Minimum], *, weight_by: str, allow_independen
     if weight_by == "examples":
         coefficients = [float(m.num_examples) for m in minima]
     else:
-        not_finite = [m for m in minima if not math.isfinite(m.validated().loss)]
-        if not_finite:
-            raise ValueError(
-                f"the minimum of subset {not_finite[0].subset_id} has a validation loss of "
-                f"{not_finite[0].validated().loss:g}, which cannot be a weight: {CURE}"
-            )
-        least = by_validation_loss(minima)[0]
-        if least.validated().loss < 0:
-            raise ValueError(
-                f"the minimum of subset {least.subset_id} has a validation loss of {least.validated().loss:g}, and "
-                "weights by the inverse need losses above 0: use aggregation.weight_by=examples, or greedy_soup"
-            )
+        for minimum in minima:
+            if not 0 <= (loss := minimum.validated().loss) < math.inf:
+                raise ValueError(
+                    f"the minimum of subset {minimum.subset_id} has a validation loss of {loss:g}, and weights by the "
+                    "inverse need finite losses above 0: lower minimize.learning_rate, or use "
+                    "aggregation.weight_by=examples"
+                )
         coefficients = [1 / max(m.validated().loss, 1e-12) for m in minima]
-    return _mean("weighted_soup", minima, coefficients, allow_independent=allow_independent)
+    return _mean("weighted_soup", minima, coefficients)
 
 
-def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: bool = False) -> Aggregate:
+def greedy_soup(minima: Sequence[Minimum], score: Score) -> Aggregate:
     """Add minima in order of validation loss as long as the mean's loss does not grow (arXiv:2203.05482, recipe 1).
 
     The paper compares accuracies; here it is the loss, as in every choice. Raises as uniform_soup().
     """
-    shares_a_start = check_start("greedy_soup", minima, allow_independent=allow_independent)
     first, *others = by_validation_loss(minima)
     soup, members, best_loss = mean_of(minima), [first.subset_id], first.validated().loss
     soup.add(load_member(first))
@@ -106,9 +94,8 @@ def greedy_soup(minima: Sequence[Minimum], score: Score, *, allow_independent: b
         if loss <= best_loss:
             soup, best_loss = candidate, loss
             members.append(minimum.subset_id)
-    share = 1 / len(members)
-    shares = (share,) * len(members)
-    return Aggregate("greedy_soup", soup.weights(), tuple(members), shares, shares_a_start, tuple(tried), soup.of_first)
+    shares, shared_start = (1 / len(members),) * len(members), shares_start(minima)
+    return Aggregate("greedy_soup", soup.weights(), tuple(members), shares, shared_start, tuple(tried), soup.of_first)
 
 
 def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
@@ -121,12 +108,12 @@ def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
         raise ValueError("there is no minimum to choose from")
     if not any(math.isfinite(m.validated().loss) for m in minima):
         raise ValueError(f"none of the {len(minima)} minima has a finite validation loss: lower minimize.learning_rate")
-    return sorted(minima, key=_rank)
 
+    def rank(minimum: Minimum) -> tuple[float, int]:
+        loss = minimum.validated().loss
+        return (loss if math.isfinite(loss) else math.inf, minimum.subset_id)
 
-def _rank(minimum: Minimum) -> tuple[float, int]:
-    loss = minimum.validated().loss
-    return (loss if math.isfinite(loss) else math.inf, minimum.subset_id)
+    return sorted(minima, key=rank)
 
 
 def ensemble_outputs(minima: Sequence[Minimum], validation: Examples) -> torch.Tensor:
@@ -152,10 +139,7 @@ def plain_mean(minima: Sequence[Minimum], coefficients: Sequence[float]) -> Runn
     return mean
 
 
-def _mean(
-    method: str, minima: Sequence[Minimum], coefficients: Sequence[float], *, allow_independent: bool
-) -> Aggregate:
-    check_start(method, minima, allow_independent=allow_independent)
+def _mean(method: str, minima: Sequence[Minimum], coefficients: Sequence[float]) -> Aggregate:
     mean = plain_mean(minima, coefficients)
     weights = mean.weights()
     refuse_not_finite(weights, minima)

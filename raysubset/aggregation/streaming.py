@@ -83,23 +83,6 @@ def shares_start(minima: Sequence[Minimum]) -> bool:
     return len({m.start_id for m in minima}) <= 1
 
 
-def check_start(method: str, minima: Sequence[Minimum], *, allow_independent: bool) -> bool:
-    """Return True if the minima share a start.
-
-    Raises:
-        ValueError: if there is no minimum, or they share no start and this is not allowed.
-    """
-    if not minima:
-        raise ValueError(f"{method} needs at least one minimum; there is none")
-    shares_a_start = shares_start(minima)
-    if not shares_a_start and not allow_independent:
-        raise ValueError(
-            f"{method} averages minima that share no start, which gives a useless mean: use subsets.start=shared, "
-            "aggregation.method=select_best, or aggregation.allow_independent to average them anyway"
-        )
-    return shares_a_start
-
-
 def aggregate_of(
     method: str, minima: Sequence[Minimum], weights: Weights, coefficients: Sequence[float], mean: RunningMean
 ) -> Aggregate:

@@ -13,12 +13,12 @@ from raysubset.aggregation.records import Aggregate, Context, Method, Minimum, N
 from raysubset.aggregation.streaming import (
     RunningMean,
     aggregate_of,
-    check_start,
     first_not_finite,
     load_members,
     load_statistics,
     mean_of,
     refuse_other_architecture,
+    shares_start,
 )
 from raysubset.config import AggregationConfig, derive_seed
 from raysubset.training import Weights
@@ -38,8 +38,7 @@ def task_vector_methods(config: AggregationConfig) -> dict[str, Method]:
         return dare(minima, _start("dare", context), parameter_names=context.parameter_names, **options)
 
     def by_savgm(minima: Sequence[Minimum], context: Context) -> Aggregate:
-        options: dict[str, Any] = {"fraction": config.savgm_fraction, "allow_independent": config.allow_independent}
-        return savgm(minima, parameter_names=context.parameter_names, **options)
+        return savgm(minima, parameter_names=context.parameter_names, fraction=config.savgm_fraction)
 
     return {
         "ties": Method(by_ties, settings=("ties_density", "task_scale")),
@@ -129,9 +128,7 @@ def dare(
     return _moved("dare", minima, start, sums, scale, buffers, origin)
 
 
-def savgm(
-    minima: Sequence[Minimum], *, fraction: float, parameter_names: Collection[str], allow_independent: bool = False
-) -> Aggregate:
+def savgm(minima: Sequence[Minimum], *, fraction: float, parameter_names: Collection[str]) -> Aggregate:
     """Return (mean θ_i - r mean θ_i') / (1 - r); θ_i' is a minimum on a share r of subset i (Zhang et al., JMLR 2013).
 
     This is the subsampled average mixture: if a minimum's bias falls as one over the number of examples, its leading
@@ -145,21 +142,19 @@ def savgm(
     Raises:
         ValueError: if a member has no subsample statistics, and as uniform_soup().
     """
-    check_start("savgm", minima, allow_independent=allow_independent)
-    corrected, buffers, keys = RunningMean(), mean_of(minima), list[str]()
+    corrected, buffers = RunningMean(), mean_of(minima)
     for minimum, weights in load_members(minima):
         part = load_statistics(minimum, "subsample")
         refuse_other_architecture(weights, part)
-        keys = keys or list(weights)
         buffers.add(_without(parameter_names, weights))
         corrected.add({name: weights[name] for name in parameter_names})
         corrected.add({name: part[name] for name in parameter_names}, -fraction)
     merged = corrected.weights() | buffers.weights()
-    return aggregate_of("savgm", minima, {key: merged[key] for key in keys}, [1.0] * len(minima), buffers)
+    return aggregate_of("savgm", minima, merged, [1.0] * len(minima), buffers)
 
 
 def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
-    if not check_start(method, minima, allow_independent=True):
+    if not shares_start(minima):
         raise ValueError(
             f"{method} works on the minima's differences from their common start, and these share none: use "
             "subsets.start=shared, or aggregation.method=aligned_soup or select_best"
@@ -247,4 +242,4 @@ def _moved(
     weights = dict(buffers.weights())
     for (name, value), part in zip(origin.items(), vector.split([v.numel() for v in origin.values()]), strict=True):
         weights[name] = torch.add(value, part.view(value.shape), alpha=scale).to(value.dtype)
-    return aggregate_of(method, minima, {key: weights[key] for key in start}, [1.0] * len(minima), buffers)
+    return aggregate_of(method, minima, weights, [1.0] * len(minima), buffers)

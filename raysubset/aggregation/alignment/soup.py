@@ -66,7 +66,7 @@ def aligned_soup(
         raise ValueError(
             f"aligned_soup aligns at least two minima; there are {len(minima)}: use aggregation.method=select_best"
         )
-    plain = uniform_soup(minima, allow_independent=True)
+    plain = uniform_soup(minima)
     structure = _without_frozen(trace_units(model, examples.task.spec()), averaged_names(model))
     sample = _sample(examples)
     scorer = Scorer(model, calibration=sample, validation=sample, minimize=minimize)
