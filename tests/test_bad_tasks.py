@@ -132,7 +132,7 @@ def loaded(task: str = "bad_tasks:Own", data: str = "bad_tasks:rows", **settings
         *(
             (
                 f"def measure(self, outputs, _):\n        return dict(distance=outputs.sum(1), {name}=outputs.sum(1))",
-                f"{name} is a name that records keep for a count, a sum or a standard error",
+                f"{name} is a name that records keep for a count, a sum or an error",
             )
             for name in ("num_words", "words_sum", "distance_error")
         ),

@@ -90,8 +90,8 @@ def test_missing_values_are_filled_as_asked():
     found, more = inputs.encode(table)
     assert found.tolist() == [[-1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0]]
     assert [str(note) for note in notes] == [
-        "missing texts of training rows are a category of their own: sex (1)",
         "missing values of the table filled with the training mean: age (2)",
+        "missing texts of training rows are a category of their own: sex (1)",
     ]
     assert str(more[0]).endswith("filled with the training mean: age (2)")
     whole, _ = fit_columns(pa.table({"sex": ["f", "m", "f"]}), ["sex"], missing="mean")
@@ -146,7 +146,7 @@ def test_a_text_of_more_values_than_a_hundred_is_refused():
     [
         ({"agee": [1]}, "rows should have a column age, and has agee; did you mean agee"),
         ({"age": ["x"], "sex": ["f"]}, "column age of rows holds string, such as 'x'; in training it was numbers"),
-        ({"age": [1], "sex": [1]}, "column sex of rows holds int64; in training it was text"),
+        ({"age": [1], "sex": [1]}, "column sex of rows holds int64, such as 1; in training it was text"),
         ({"age": [datetime.date.today()], "sex": ["f"]}, "column age of rows holds date32.* it was numbers"),
         ({"age": [1e200], "sex": ["f"]}, r"column age in row 0 of rows is 1e\+200, too far from the training rows'"),
     ],

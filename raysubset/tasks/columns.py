@@ -1,6 +1,7 @@
 """Turns a table's columns into numbers: features fitted on training rows, and targets of regression. Reads no files."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -16,14 +17,16 @@ from raysubset.errors import listed
 from raysubset.events import Note
 
 Missing = Literal["refuse", "mean"]
-Kind = Literal["number", "time", "category"]  # a time is read as seconds
+NumberKind = Literal["number", "time"]  # a time is read as seconds
+Kind = NumberKind | Literal["category"]
 
 _REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
 
 MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-_DAY_S = 86400
+
+_Found = defaultdict[tuple[str, bool], list[str]]  # columns by what a note says of them, and whether it is a warning
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,7 @@ class TableInputs:
 
         Features of categories, which are 0 or 1, have shift 0 and scale 1.
         """
-        numbers = [
-            (column.mean, column.deviation) if column.kind != "category" else (0.0, 1.0)
-            for column in self.columns
-            for _ in column.feature_names
-        ]
+        numbers = [(column.mean, column.deviation) for column in self.columns for _ in column.feature_names]
         shift, scale = torch.tensor(numbers, dtype=torch.float64).unbind(1)
         return shift, scale
 
@@ -99,38 +98,28 @@ class TableInputs:
             ValueError: for a column that is missing or has another kind, for infinite values, and for missing values
                 if `missing` is "refuse".
         """
-        place = _Place(where, rows, self.missing, remedy)
+        reader, found, first = _Reader(table, where, rows, self.missing, remedy), _Found(list), 0
         features = np.zeros((table.num_rows, self.num_features), np.float32)
-        filled: list[str] = []
-        unknown: list[str] = []
-        first = 0
         for column in self.columns:
-            values = _column(table, column.name, where)
+            values = reader.column(column.name)
             if column.kind == "category":
-                numbers = _category_numbers(values, column, place, unknown)
+                numbers = reader.categories(column, values, found)
                 rows_known = np.flatnonzero(numbers >= 0)
                 features[rows_known, first + numbers[rows_known]] = 1
             else:
-                numbers = _numbers(values, column.name, column.kind, place)
-                absent = np.isnan(numbers)
-                if absent.any():
-                    filled.append(f"{column.name} ({absent.sum()})")
+                numbers = reader.numbers(column.name, values, column.kind)
+                if num := int((absent := np.isnan(numbers)).sum()):
+                    found[reader.filled].append(f"{column.name} ({num})")
                     numbers[absent] = column.mean
                 with np.errstate(over="ignore"):
                     features[:, first] = (numbers - column.mean) / column.deviation
                 if len(far := np.flatnonzero(~np.isfinite(features[:, first]))):
                     raise ValueError(
-                        f"column {column.name} {place.of(far[0])} is {numbers[far[0]]:g}, too far from the training "
-                        f"rows' mean of {column.mean:g} (standard deviation {column.deviation:g}): leave the row out"
+                        f"column {column.name} {reader.place(far[0])} is {numbers[far[0]]:g}, too far from the "
+                        f"training rows' mean of {column.mean:g} ± {column.deviation:g}: leave the row out"
                     )
             first += len(column.feature_names)
-        notes = []
-        if filled:
-            notes.append(_filled_note(filled, where))
-        if unknown:
-            text = f"values of {where} that no training row has count as no category: {listed(unknown)}"
-            notes.append(Note(text, is_warning=True))
-        return features, tuple(notes)
+        return features, _notes(found)
 
     @classmethod
     def from_dict(cls, tree: Any) -> "TableInputs":
@@ -186,50 +175,23 @@ def fit_columns(
     Raises:
         ValueError: for a column that is missing or cannot be a feature, with the way out.
     """
-    place = _Place(where, rows, missing)
     if not table.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
+    reader, found = _Reader(table, where, rows, missing), _Found(list)
     columns: list[InputColumn] = []
-    constant: list[str] = []
-    missing_texts: list[str] = []
-    filled: list[str] = []
-    notes: list[Note] = []
     for name in dict.fromkeys(names):
-        values = _column(table, name, where)
-        match kind_of_column(values.type):
-            case "category":
-                column, num_missing = _fit_category(values, name, place)
-                if column and (stray := _stray_text(_texts(values), place)):
-                    text = f"column {name} is read as {len(column.values)} categories, not as numbers: {stray}"
-                    notes.append(Note(text, is_warning=True))
-            case None:
-                raise ValueError(
-                    f"column {name} of {where} holds {values.type}, which is no number, time or text: leave it out of "
-                    "--data.columns; a column of images is named by --data.image-column"
-                )
-            case kind:
-                column, num_missing = _fit_number(values, name, kind, place)
-        if column is None:
-            constant.append(name)
-            continue
-        columns.append(column)
-        if num_missing:
-            (missing_texts if column.kind == "category" else filled).append(f"{name} ({num_missing})")
-    times = [column.name for column in columns if column.kind == "time"]
-    if constant:
-        notes.append(Note(f"columns that are the same in all training rows are left out: {listed(constant)}"))
-    if times:
-        notes.append(Note(f"dates and times are read as numbers of seconds: {listed(times)}"))
-    if missing_texts:
-        notes.append(Note(f"missing texts of training rows are a category of their own: {listed(missing_texts)}"))
-    if filled:
-        notes.append(_filled_note(filled, where))
+        if column := reader.fit(name, found):
+            columns.append(column)
+        else:
+            found["columns that are the same in all training rows are left out", False].append(name)
     if not columns:
-        raise ValueError(
-            f"no column of {where} differs between rows ({listed(constant) or 'none is left'}): set --data.columns to "
-            "others"
-        )
-    return TableInputs(tuple(columns), missing), tuple(notes)
+        text = f"no column of {where} differs between rows ({listed(names) or 'none is left'})"
+        raise ValueError(f"{text}: set --data.columns to others")
+    return TableInputs(tuple(columns), missing), _notes(found)
+
+
+def _notes(found: _Found) -> tuple[Note, ...]:
+    return tuple(Note(f"{text}: {listed(names)}", is_warning) for (text, is_warning), names in found.items())
 
 
 def target_numbers(
@@ -240,19 +202,18 @@ def target_numbers(
     Raises:
         ValueError: for a column that is missing or of text, and for missing or infinite values.
     """
-    place = _Place(where, rows, "refuse", "leave such rows out, a target cannot be filled in")
+    reader = _Reader(table, where, rows, "refuse", "leave such rows out, a target cannot be filled in")
     targets = np.empty((table.num_rows, len(names)))
     for number, name in enumerate(names):
-        values = _column(table, name, where)
-        kind = kind_of_column(values.type)
-        if kind == "category":
+        values = reader.column(name)
+        if (kind := kind_of_column(values.type)) == "category":
             raise ValueError(
                 f"the target {name} of {where} is text{such_as(values)}: regression needs numbers, and texts are "
                 "classes: use --task classification, or set --data.target to another column"
             )
         if kind != "number":
             raise ValueError(f"the target {name} of {where} holds {values.type}: give numbers for regression")
-        targets[:, number] = _numbers(values, name, "number", place)
+        targets[:, number] = reader.numbers(name, values, "number")
     return targets
 
 
@@ -272,35 +233,144 @@ def refuse_constant(targets: np.ndarray, names: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """The name of a table and of its rows in messages, and whether values may be missing."""
+class _Reader:
+    """Reads a table column by column; messages show its name and the numbers of its rows."""
 
+    table: Columns
     where: str
     rows: np.ndarray | None
     missing: Missing
     remedy: str = _REMEDY
 
-    def of(self, position: int) -> str:
-        row = position if self.rows is None else self.rows[position]
-        return f"in row {row} of {self.where}"
+    @property
+    def filled(self) -> tuple[str, bool]:
+        """What a note says of columns whose missing values were filled."""
+        return f"missing values of {self.where} filled with the training mean", False
 
-    def check(self, name: str, absent: np.ndarray) -> None:
-        """Refuse a column's missing values, those where absent, bool [N], is True, if none may be missing."""
+    def place(self, position: int) -> str:
+        return f"in row {position if self.rows is None else self.rows[position]} of {self.where}"
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        names = self.table.column_names
+        if name not in names:
+            text = f"{self.where} should have a column {name}, and has {listed(names)}{nearest(name, names)}"
+            raise ValueError(text)
+        if names.count(name) > 1:
+            raise ValueError(f"{self.where} has several columns {name}: give each a name of its own")
+        return self.table.column(name)
+
+    def fit(self, name: str, found: _Found) -> InputColumn | None:
+        """Return how a training column becomes features; None if it does not vary.
+
+        Raises:
+            ValueError: if it cannot be a feature.
+        """
+        values = self.column(name)
+        kind = kind_of_column(values.type)
+        if kind is None:
+            raise ValueError(
+                f"column {name} of {self.where} holds {values.type}, which is no number, time or text: leave it out of "
+                "--data.columns; a column of images is named by --data.image-column"
+            )
+        if kind == "category":
+            return self._fit_category(name, values, found)
+        return self._fit_number(name, values, kind, found)
+
+    def _fit_number(self, name: str, values: pa.ChunkedArray, kind: NumberKind, found: _Found) -> InputColumn | None:
+        numbers = self.numbers(name, values, kind)
+        present = numbers[~np.isnan(numbers)]
+        if not len(present) or present.min() == present.max():
+            return None
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            mean, deviation = float(present.mean()), float(present.std())
+        if not 0 < deviation < math.inf:
+            raise ValueError(
+                f"column {name} of {self.where} runs from {present.min():g} to {present.max():g}, which 64-bit floats "
+                "cannot standardise: give it in another unit, or leave it out with --data.columns"
+            )
+        if deviation <= 10 * np.finfo(np.float64).eps * abs(mean):  # rounding, as of 0.1 + 0.2 beside 0.3
+            return None
+        if kind == "time":
+            found["dates and times are read as numbers of seconds", False].append(name)
+        if num_missing := len(numbers) - len(present):
+            found[self.filled].append(f"{name} ({num_missing})")
+        return InputColumn(name, kind, mean, deviation)
+
+    def _fit_category(self, name: str, values: pa.ChunkedArray, found: _Found) -> InputColumn | None:
+        texts = self._texts(name, values)
+        categories, num_missing = sorted(texts.drop_null().unique().to_pylist()), texts.null_count
+        if len(categories) + (num_missing > 0) < 2:
+            return None
+        stray, has_one_each = self._stray_text(texts), len(categories) == len(texts) - num_missing
+        if len(categories) > MOST_VALUES or has_one_each:
+            contents = "another text in each row" if has_one_each else f"{len(categories)} different texts"
+            raise ValueError(
+                f"column {name} of {self.where} has {contents} ({stray or f'such as {categories[0]!r}'}); each text "
+                f"becomes a feature, so there may be at most {MOST_VALUES} and not one for every row: correct it, or "
+                "leave the column out with --data.columns"
+            )
+        if stray:
+            text = f"column {name} is read as {len(categories)} categories, not as numbers"
+            found[text, True].append(stray)
+        if num_missing:
+            text = "missing texts of training rows are a category of their own"
+            found[text, False].append(f"{name} ({num_missing})")
+        return InputColumn(name, "category", values=tuple(categories), has_missing=num_missing > 0)
+
+    def _stray_text(self, texts: pa.ChunkedArray) -> str:
+        """Return "'?' in row 7 of … stands among numbers" if at least half of the texts are numbers, else ""."""
+        strange = [text for text in texts.unique().to_pylist() if text is not None and not is_number(text)]
+        stray = np.flatnonzero(places(texts, strange) >= 0)
+        if not len(stray) or len(stray) > len(texts) / 2:
+            return ""
+        return f"{texts[stray[0]].as_py()!r} {self.place(stray[0])} stands among numbers"
+
+    def categories(self, column: InputColumn, values: pa.ChunkedArray, found: _Found) -> np.ndarray:
+        """Return the number of each row's category, int64 [N], -1 for none, and note unknown values."""
+        texts = self._texts(column.name, values)
+        numbers = places(texts, column.values)
+        if column.has_missing:
+            numbers[texts.is_null().to_numpy()] = len(column.values)
+        if len(unknown := np.flatnonzero(numbers < 0)):
+            example = texts[unknown[0]].as_py()
+            such = "a missing one" if example is None else repr(example)
+            text = f"values of {self.where} that no training row has count as no category"
+            found[text, True].append(f"{column.name} ({len(unknown)}, such as {such})")
+        return numbers
+
+    def _texts(self, name: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
+        self._refuse_other(name, values, "category", "text")
+        if pa.types.is_dictionary(values.type):
+            chunks = [chunk.dictionary_decode() for chunk in values.chunks]
+            values = pa.chunked_array(chunks, values.type.value_type)
+        texts = values.cast(pa.string())
+        self._refuse_missing(name, texts.is_null().to_numpy())
+        return texts
+
+    def numbers(self, name: str, values: pa.ChunkedArray, kind: NumberKind) -> np.ndarray:
+        """Return a column as float64 [N], times as seconds, missing values as NaN.
+
+        Raises:
+            ValueError: for values of another kind, infinite ones, and missing ones that are refused.
+        """
+        self._refuse_other(name, values, kind, "dates or times" if kind == "time" else "numbers")
+        numbers = _seconds(values) if kind_of_column(values.type) == "time" else _float64(values)
+        if len(infinite := np.flatnonzero(np.isinf(numbers))):
+            text = f"column {name} is {numbers[infinite[0]]} {self.place(infinite[0])}"
+            raise ValueError(f"{text}: leave such rows out, or the column with --data.columns")
+        self._refuse_missing(name, np.isnan(numbers))
+        return numbers
+
+    def _refuse_other(self, name: str, values: pa.ChunkedArray, kind: Kind, in_words: str) -> None:
+        if kind_of_column(values.type) != kind and not pa.types.is_null(values.type):
+            text = f"column {name} of {self.where} holds {values.type}{such_as(values)}; in training it was {in_words}"
+            raise ValueError(text)
+
+    def _refuse_missing(self, name: str, absent: np.ndarray) -> None:
         if self.missing == "refuse" and (num := int(absent.sum())):
-            suffix = f", and in {num - 1} more rows" if num > 1 else ""
-            first = self.of(int(np.flatnonzero(absent)[0]))
-            raise ValueError(f"column {name} has no value {first}{suffix}: {self.remedy}")
-
-
-def _column(table: Columns, name: str, where: str) -> pa.ChunkedArray:
-    match table.column_names.count(name):
-        case 1:
-            return table.column(name)
-        case 0:
-            columns = table.column_names
-            raise ValueError(f"{where} should have a column {name}, and has {listed(columns)}{nearest(name, columns)}")
-        case _:
-            raise ValueError(f"{where} has several columns {name}: give each a name of its own")
+            more = f", and in {num - 1} more rows" if num > 1 else ""
+            first = self.place(int(np.flatnonzero(absent)[0]))
+            raise ValueError(f"column {name} has no value {first}{more}: {self.remedy}")
 
 
 def is_string(type_: pa.DataType) -> bool:
@@ -321,59 +391,6 @@ def kind_of_column(type_: pa.DataType) -> Kind | None:
     return "number" if any(is_kind(type_) for is_kind in is_any) else None
 
 
-def _fit_number(
-    values: pa.ChunkedArray, name: str, kind: Literal["number", "time"], place: _Place
-) -> tuple[InputColumn | None, int]:
-    """Fit a column of numbers: return it, or None if it does not vary, and how many values are missing."""
-    numbers = _numbers(values, name, kind, place)
-    present = numbers[~np.isnan(numbers)]
-    num_missing = len(numbers) - len(present)
-    if not len(present) or present.min() == present.max():
-        return None, num_missing
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        mean, deviation = float(present.mean()), float(present.std())
-    if not math.isfinite(mean) or not math.isfinite(deviation) or deviation == 0:
-        raise ValueError(
-            f"column {name} of {place.where} runs from {present.min():g} to {present.max():g}, which 64-bit floats "
-            "cannot standardise: give it in another unit, or leave it out with --data.columns"
-        )
-    if deviation <= 10 * np.finfo(np.float64).eps * abs(mean):  # rounding, as of 0.1 + 0.2 beside 0.3
-        return None, num_missing
-    return InputColumn(name, kind, mean, deviation), num_missing
-
-
-def _filled_note(filled: Sequence[str], where: str) -> Note:
-    return Note(f"missing values of {where} filled with the training mean: {listed(filled)}")
-
-
-def _fit_category(values: pa.ChunkedArray, name: str, place: _Place) -> tuple[InputColumn | None, int]:
-    """Fit a column of texts: return it, or None if it does not vary, and how many values are missing."""
-    texts = _texts(values)
-    place.check(name, texts.is_null().to_numpy())
-    categories, has_missing = sorted(texts.drop_null().unique().to_pylist()), texts.null_count > 0
-    if len(categories) + has_missing < 2:
-        return None, texts.null_count
-    num = len(texts) - texts.null_count
-    if len(categories) > MOST_VALUES or len(categories) == num:
-        stray = _stray_text(texts, place)
-        contents = f"{len(categories)} different texts" if len(categories) < num else "another text in each row"
-        remedy = f"{'correct it, or ' if stray else ''}leave the column out with --data.columns"
-        raise ValueError(
-            f"column {name} of {place.where} has {contents} ({stray or f'such as {categories[0]!r}'}); each text "
-            f"becomes a feature, so there may be at most {MOST_VALUES} and not one for every row: {remedy}"
-        )
-    return InputColumn(name, "category", values=tuple(categories), has_missing=has_missing), texts.null_count
-
-
-def _stray_text(texts: pa.ChunkedArray, place: _Place) -> str:
-    """Return "'?' in row 7 of … stands among numbers" if at least half of the texts are numbers, else ""."""
-    strange = [text for text in texts.unique().to_pylist() if text is not None and not is_number(text)]
-    stray = np.flatnonzero(places(texts, strange) >= 0)
-    if not len(stray) or len(stray) > len(texts) / 2:
-        return ""
-    return f"{texts[stray[0]].as_py()!r} {place.of(stray[0])} stands among numbers"
-
-
 def is_number(text: str) -> bool:
     """Return True if float() reads the text."""
     try:
@@ -383,73 +400,23 @@ def is_number(text: str) -> bool:
     return True
 
 
-def _category_numbers(values: pa.ChunkedArray, column: InputColumn, place: _Place, unknown: list[str]) -> np.ndarray:
-    """Return the number of each row's category, int64 [N], -1 for none, and describe unknown values in `unknown`."""
-    if kind_of_column(values.type) != "category" and not pa.types.is_null(values.type):
-        raise ValueError(f"column {column.name} of {place.where} holds {values.type}; in training it was text")
-    texts = _texts(values)
-    absent = texts.is_null().to_numpy()
-    place.check(column.name, absent)
-    numbers = places(texts, column.values)
-    if column.has_missing:
-        numbers[absent] = len(column.values)
-    if len(unknown_rows := np.flatnonzero(numbers < 0)):
-        example = texts[unknown_rows[0]].as_py()
-        unknown.append(
-            f"{column.name} ({len(unknown_rows)}, such as {'a missing one' if example is None else repr(example)})"
-        )
-    return numbers
-
-
 def places(texts: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
     """Return the position of each text in the values, int64 [N], -1 if it is not among them."""
     options = compute.SetLookupOptions(pa.array(values, pa.string()))
     return np.array(compute.call_function("index_in", [texts], options).fill_null(-1), np.int64)
 
 
-def _texts(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(values.type):
-        chunks = [chunk.dictionary_decode().cast(pa.string()) for chunk in values.chunks]
-        return pa.chunked_array(chunks, pa.string())
-    return values.cast(pa.string())
-
-
-def _numbers(values: pa.ChunkedArray, name: str, kind: Literal["number", "time"], place: _Place) -> np.ndarray:
-    """Return the values as float64 [N], times as seconds, missing values as NaN.
-
-    Raises:
-        ValueError: for values of another kind, infinite ones, and missing ones that are refused.
-    """
-    type_ = values.type
-    if kind_of_column(type_) != kind and not pa.types.is_null(type_):
-        expected = "dates or times" if kind == "time" else "numbers"
-        raise ValueError(
-            f"column {name} of {place.where} holds {type_}{such_as(values)}; in training it was {expected}"
-        )
-    if kind_of_column(type_) == "time":
-        numbers = _seconds(values)
-    else:
-        numbers = _float64(values.cast(pa.int8()) if pa.types.is_boolean(type_) else values)
-    if len(infinite := np.flatnonzero(np.isinf(numbers))):
-        raise ValueError(
-            f"column {name} is {numbers[infinite[0]]} {place.of(infinite[0])}: leave such rows out, or the column with "
-            "--data.columns"
-        )
-    place.check(name, np.isnan(numbers))
-    return numbers
-
-
 def _seconds(values: pa.ChunkedArray) -> np.ndarray:
-    type_ = values.type
-    if pa.types.is_date32(type_):
-        return _float64(values.cast(pa.int32())) * _DAY_S
-    unit = "ms" if pa.types.is_date64(type_) else type_.unit
-    width = pa.int32() if pa.types.is_time32(type_) else pa.int64()
-    return _float64(values.cast(width)) / _PER_SECOND[unit]
+    if pa.types.is_date(values.type):
+        values = values.cast(pa.timestamp("ms"))
+    elif pa.types.is_time32(values.type):
+        values = values.cast(pa.time64("us"))
+    return _float64(values.cast(pa.int64())) / _PER_SECOND[values.type.unit]
 
 
 def _float64(values: pa.ChunkedArray) -> np.ndarray:
     """Copy the values as float64, with NaN for nulls."""
+    values = values.cast(pa.int8()) if pa.types.is_boolean(values.type) else values
     return np.array(values.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
 
 
