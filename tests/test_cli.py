@@ -602,7 +602,7 @@ def test_what_an_encoding_lacks_is_written_otherwise(encoding: str, finished: st
     assert call(["run", "--help-all"]) == 0
     sys.stdout.flush()
     out = sys.stdout.buffer.getvalue().decode(encoding)  # pyright: ignore[reportAttributeAccessIssue]
-    assert f"90.00% {'±' if encoding != 'ascii' else '+-'} 3.00" in out
+    assert f"90.00% {'±' if encoding != 'ascii' else chr(92) + 'xb1'} 3.00" in out
 
 
 def test_a_terminal_that_says_it_has_no_columns_has_some(monkeypatch: pytest.MonkeyPatch):

@@ -1,47 +1,40 @@
 """Estimate how far a run, comparison or sweep is and how long it still takes, from its plan and its speed so far."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 from raysubset.events import EpochDone, Event, MinimaFound, MinimumDone, Planned, Progress, Stage, Standing, Step
 
-_MEASURED_S = 1.0  # seconds of work before a stage's own speed is used
+_MEASURED_S = 1.0  # seconds of work before a time left is told
 _SECONDS_BELOW = 600  # shorter times show seconds beside minutes
-_SMOOTH = 0.3  # weight of the newest speed in the moving mean
 
 
-@dataclass
 class Course:
     """Follows the progress of the work by its events. Passes are counted as planned, by stage and round.
 
-    All stages before the one begun last count as done, whoever did them: a resumed run starts from there.
+    All stages before the one begun last count as done, whoever did them: a resumed run starts from there. The time left
+    goes by what this command did, and takes passes that are done side by side as shorter.
     """
 
-    clock: Callable[[], float] = time.monotonic
-    _steps: tuple[Step, ...] = ()
-    _num_examples: int = 0
-    _at: int = -1  # index of the current step
-    _shares: dict[int | None, float] = field(default_factory=dict)  # of each piece of the step, by subset
-    _paces: dict[str, tuple[float, float]] = field(default_factory=dict)  # by stage: passes heard of, and their seconds
-    _heard: tuple[float, float] | None = None  # time of the step's last event, and its passes then
-    _per_s: float | None = None  # examples/s of one process
-    _standing: tuple[float, float] | None = None  # passes done and planned, of all rows
-    _new: float = 0.0  # of them, passes that were not already done when the command began
-    _began: tuple[float, float] | None = None  # time of the first Standing, and its new passes
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._steps: Sequence[Step] = ()
+        self._at = -1  # index of the current step
+        self._shares: dict[int | None, float] = {}  # of each piece of the step, by subset
+        self._standing: tuple[float, float] | None = None  # passes done and planned, of all rows
+        self._heard: tuple[float, float] | None = None  # time of the last event, and the time done by then, in passes
+        self._done, self._done_s = 0.0, 0.0  # what was done between events, in passes one after another and in seconds
 
     def hear(self, event: Event) -> None:
         """Update the estimate with an event."""
         match event:
             case Planned():
-                self._steps, self._num_examples, self._at = event.steps, event.num_examples, -1
+                self._steps, self._at = event.steps, -1
             case Stage(stage=str() as stage, round=round):
                 numbers = [n for n, step in enumerate(self._steps) if (step.stage, step.round) == (stage, round)]
                 if numbers:
                     self._at, self._shares, self._heard = numbers[0], {}, None
             case Progress(attempt=attempt):
-                old, new = self._per_s, event.examples_per_s
-                self._per_s = new if old is None else old + _SMOOTH * (new - old)
                 self._note(attempt.stage, attempt.round, attempt.subset, event.epoch / event.num_epochs)
             case EpochDone(stage=stage, record=record) if self._at >= 0:
                 self._note(stage, 0, None, record["epoch"] / max(self._steps[self._at].passes, record["epoch"]))
@@ -52,18 +45,19 @@ class Course:
                 self._heard = None
             case Standing(rows=rows, found=found):
                 self._standing = sum(row.passes for row in rows), sum(row.planned for row in rows)
-                self._new = self._standing[0] - found
-                self._began = self._began or (self.clock(), self._new)
+                self._measure(self._standing[0] - found)
 
     def _note(self, stage: str, round: int, subset: int | None, share: float) -> None:
-        if not self._is_at(stage, round):
-            return
-        self._shares[subset] = max(share, self._shares.get(subset, 0.0))
-        now, passes = self.clock(), self._passes_of_step()
+        if self._is_at(stage, round):
+            self._shares[subset] = max(share, self._shares.get(subset, 0.0))
+            self._measure(self._passes_of_step() / self._steps[self._at].num_at_once)
+
+    def _measure(self, done: float) -> None:
+        now = self._clock()
         if self._heard is not None:
-            done, done_s = self._paces.get(stage, (0.0, 0.0))
-            self._paces[stage] = done + passes - self._heard[1], done_s + now - self._heard[0]
-        self._heard = now, passes
+            self._done_s += now - self._heard[0]
+            self._done += done - self._heard[1]
+        self._heard = now, done
 
     def _is_at(self, stage: str, round: int) -> bool:
         return self._at >= 0 and (self._steps[self._at].stage, self._steps[self._at].round) == (stage, round)
@@ -75,10 +69,8 @@ class Course:
     @property
     def passes(self) -> tuple[float, float] | None:
         """Return the passes done and planned; None before the plan is known."""
-        if self._standing is not None:
+        if self._standing is not None or not self._steps:
             return self._standing
-        if not self._steps:
-            return None
         total = sum(step.passes for step in self._steps)
         if self._at < 0:
             return 0.0, total
@@ -87,24 +79,14 @@ class Course:
     @property
     def left_s(self) -> float | None:
         """Return the seconds to the end at the speed so far; None before any speed is known."""
-        if self._standing is not None and self._began is not None:
-            (passes, total), (began_at, new_before) = self._standing, self._began
-            new, seconds = self._new - new_before, self.clock() - began_at
-            return (total - passes) * seconds / new if new > 0 and seconds >= _MEASURED_S else None
-        seconds = 0.0
-        for number, step in list(enumerate(self._steps))[max(0, self._at) :]:
-            passes, (done, done_s) = step.passes, self._paces.get(step.stage, (0.0, 0.0))
-            if not passes:
-                continue
-            if number == self._at:
-                passes -= self._passes_of_step()
-            if done_s >= _MEASURED_S and done > 0:
-                seconds += passes * done_s / done
-            elif self._per_s:
-                seconds += passes * self._num_examples / (self._per_s * step.num_at_once)
-            else:
-                return None
-        return seconds if self._steps else None
+        if self._done_s < _MEASURED_S or self._done <= 0:
+            return None
+        if self._standing is not None:
+            left = self._standing[1] - self._standing[0]
+        else:
+            steps = self._steps[self._at :]
+            left = sum(step.passes / step.num_at_once for step in steps) - self._passes_of_step() / steps[0].num_at_once
+        return left * self._done_s / self._done
 
 
 def in_words(seconds: float) -> str:

@@ -29,23 +29,22 @@ _PER_S = 4  # drawings of the view per second
 _BELOW = 4  # screen lines that the tables leave free: for lines above them, the status and the bar
 _GAP = 3  # between columns
 _ROOMY = 60  # columns from which the nodes' addresses are shown
+_SUM = "what is at work"  # the subject of lines that sum up progress
 
 
 @contextmanager
 def telling(first: str = "") -> Iterator[events.OnEvent]:
     """Yield a listener that draws a live view on a terminal, or writes plain lines elsewhere; show `first` at once."""
     console = console_of(sys.stderr)
-    if not console.is_terminal or console.is_dumb_terminal:
-        tell = PlainLines()
-        if first:
-            tell(events.Waiting(first))
+    is_live = console.is_terminal and not console.is_dumb_terminal
+    tell = LiveView(console) if is_live else PlainLines()
+    if first:
+        tell(events.Waiting(first))
+    if not isinstance(tell, LiveView):
         yield tell
         return
-    view = LiveView(console)
-    if first:
-        view(events.Waiting(first))
-    with Live(view, console=console, refresh_per_second=_PER_S, transient=True):
-        yield view
+    with Live(tell, console=console, refresh_per_second=_PER_S, transient=True):
+        yield tell
 
 
 class _AsTheCommand:
@@ -57,16 +56,17 @@ class _AsTheCommand:
 
 def shown(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap run(), sweep() or compare() so that it shows progress on stderr if the caller gives no `on_event`."""
-    default, signature = _AsTheCommand(), inspect.signature(verb)
 
     @functools.wraps(verb)
-    def as_the_command(*args: Any, on_event: Any = default, **options: Any) -> Any:
-        if on_event is not default:
-            return verb(*args, on_event=on_event, **options)
+    def as_the_command(*args: Any, **options: Any) -> Any:
+        if "on_event" in options:
+            return verb(*args, **options)
         with telling() as tell:
             return verb(*args, on_event=tell, **options)
 
-    parameters = signature.parameters | {"on_event": signature.parameters["on_event"].replace(default=default)}
+    signature = inspect.signature(verb)
+    default = signature.parameters["on_event"].replace(default=_AsTheCommand())
+    parameters = signature.parameters | {"on_event": default}
     as_the_command.__signature__ = signature.replace(parameters=list(parameters.values()))  # pyright: ignore[reportAttributeAccessIssue]
     return as_the_command
 
@@ -114,13 +114,13 @@ class _AtWork:
 class PlainLines:
     """Writes lines that do not flood a job's log: frequent events are summed up at growing intervals."""
 
-    FIRST_S, MOST_S = 10.0, 120.0  # between two lines of progress: each interval is 1.5 times the last
+    FIRST_S, MOST_S = 10.0, 120.0  # between two lines of progress, or of one thing that is waited for
     BURST, EACH_S = 20, 3.0  # lines for single minima, legs and reports: so many at once, then one each so many seconds
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._course = clock, Course(clock)
-        self._summed_at, self._every_s = clock(), self.FIRST_S
-        self._waited: dict[str, tuple[float, float]] = {}  # by text: when it was last written, and seconds to the next
+        self._summed_at = clock()
+        self._paces = {_SUM: (clock(), self.FIRST_S)}  # by subject: when a line was written, and seconds to the next
         self._room, self._room_at, self._num_left_out = float(self.BURST), clock(), 0
         self._at_work = _AtWork()
 
@@ -131,18 +131,15 @@ class PlainLines:
         self._at_work.hear(event, now)
         match event:
             case events.Progress():
-                if now - self._summed_at >= self._every_s:
+                if self._is_due(_SUM, now):
                     self._sum_up(now)
             case events.Standing():
-                if now - self._summed_at >= self._every_s or all(row.state in ("done", "failed") for row in event.rows):
+                if all(row.state in ("done", "failed") for row in event.rows) or self._is_due(_SUM, now):
                     self._sum_up(now, event.text)
             case events.Start() | events.LegDone(was_there=True) | events.LegDone(validation=None):
                 pass
             case events.Waiting():
-                subject = event.text.partition(";")[0]
-                at, for_s = self._waited.get(subject, (-math.inf, self.FIRST_S))
-                if now - at >= for_s:
-                    self._waited[subject] = now, min(2 * for_s, self.MOST_S)
+                if self._is_due(event.text.partition(";")[0], now):
                     self._line(event)
             case events.MinimumDone() | events.LegDone() | events.TrialReport() | events.EpochDone():
                 self._room = min(self.BURST, self._room + (now - self._room_at) / self.EACH_S)
@@ -156,9 +153,17 @@ class PlainLines:
             case _:
                 self._line(event)
 
+    def _is_due(self, subject: str, now: float) -> bool:
+        """Return True if it is time for a line of the subject; each is twice as late as the one before."""
+        at, for_s = self._paces.get(subject, (-math.inf, self.FIRST_S))
+        if now - at < for_s:
+            return False
+        self._paces[subject] = now, min(2 * for_s, self.MOST_S)
+        return True
+
     def _sum_up(self, now: float, text: str = "") -> None:
         rows = [row for row in self._at_work.since(self._summed_at) if isinstance(row, events.Progress)]
-        self._summed_at, self._every_s = now, min(1.5 * self._every_s, self.MOST_S)
+        self._summed_at = now
         at_work = rows[0].text if rows else ""
         if len(rows) > 1:
             losses = [row.running_loss for row in rows if row.running_loss is not None]
@@ -236,7 +241,7 @@ class LiveView:
                 room -= room // 2
             parts += self._actors(options.max_width, room)
             parts.append(self._status())
-            if bar := self._bar(options.max_width):
+            if bar := self._bar():
                 parts.append(bar)
         yield Group(*parts)
 
@@ -251,18 +256,13 @@ class LiveView:
         line.add_row(self._spinner, text, Text(in_words(seconds) if seconds >= 1 else "", "dim"))
         return line
 
-    def _bar(self, width: int) -> Table | None:
-        passes = self._course.passes
-        if passes is None or not passes[1]:
+    def _bar(self) -> Table | None:
+        if (passes := self._course.passes) is None or not passes[1]:
             return None
-        words = _how_far(self._course)
         line = Table.grid(padding=(0, 1, 0, 0))
-        line.add_column()
-        line.add_column(no_wrap=True)
-        if (room := width - len(words) - 3) < 8:
-            line.add_row(Text(words, overflow="ellipsis", no_wrap=True))
-        else:
-            line.add_row(ProgressBar(total=passes[1], completed=passes[0], width=min(room, 40)), words)
+        line.add_column(max_width=40)
+        line.add_column(no_wrap=True, overflow="ellipsis")
+        line.add_row(ProgressBar(total=passes[1], completed=passes[0]), _how_far(self._course))
         return line
 
     def _actors(self, width: int, room: int) -> list[RenderableType]:

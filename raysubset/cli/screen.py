@@ -1,6 +1,5 @@
 """Print the sections of a report to stdout."""
 
-import codecs
 import dataclasses
 import io
 import math
@@ -23,35 +22,12 @@ _GAP = 2  # between columns
 _NARROW = 24  # least columns at which text is wrapped
 _NARROWEST = 40  # least columns assumed for a terminal; COLUMNS=0 gives no width
 
-_IN_ASCII = {
-    "±": "+-",
-    "×": "x",
-    "→": "->",
-    "–": "-",
-    "−": "-",
-    "…": "...",
-    "≤": "<=",
-    "≥": ">=",
-    "²": "2",
-    "·": "*",
-    "λ": "lambda",
-    "γ": "gamma",
-}
-
 
 def open_screen() -> None:
-    """Make stdout and stderr write characters that their encoding lacks as ASCII words, or escaped."""
-    codecs.register_error("raysubset", _in_ascii)
+    """Make stdout and stderr escape characters that their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="raysubset")
-
-
-def _in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    characters = error.object[error.start : error.end]
-    signs = (_IN_ASCII.get(char) or char.encode("ascii", "backslashreplace").decode() for char in characters)
-    return "".join(signs), error.end
+            stream.reconfigure(errors="backslashreplace")
 
 
 def console_of(stream: TextIO, **options: Any) -> Console:
