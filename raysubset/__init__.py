@@ -27,18 +27,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Config", "run", "RunReport", "sweep", "SweepReport", "compare", "ComparisonReport", "load_model"]
 
-_HOMES = {
-    "Config": "config",
-    "run": "pipeline",
-    "RunReport": "pipeline",
-    "sweep": "sweeping",
-    "SweepReport": "sweeping",
-    "compare": "comparison",
-    "ComparisonReport": "comparison",
-    "load_model": "trained_model",
-}
-
-_VERBS = ("run", "sweep", "compare")  # functions that show their progress, unless they are given a listener
+_VERBS = {"run": "pipeline", "sweep": "sweeping", "compare": "comparison"}  # they show their progress
+_HOMES = _VERBS | {"RunReport": "pipeline", "SweepReport": "sweeping", "ComparisonReport": "comparison"}
+_HOMES |= {"Config": "config", "load_model": "trained_model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,8 @@ taken_bytes()         # what this thread has moved since the last call: the byte
 """
 
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
+from operator import add
 from typing import Any
 
 from raysubset.config import from_tree
@@ -47,12 +48,7 @@ class Cost:
     device_s: float = 0.0  # seconds devices were held, summed over devices
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.num_forward + other.num_forward,
-            self.num_backward + other.num_backward,
-            self.num_steps + other.num_steps,
-            self.device_s + other.device_s,
-        )
+        return Cost(*map(add, astuple(self), astuple(other)))
 
     def passes(self, num_train: int, forward_share: float = FORWARD_SHARE) -> float:
         """Return the work in passes. One pass is forward and backward over as many examples as the full set has.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,6 @@ class Note(Event):
     def to_dict(self) -> dict[str, Any]:
         """Return the note as report.json holds it."""
         return {"text": self.text, "is_warning": self.is_warning}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any] | str) -> Self:
-        """Read a note from what to_dict() returns, or from its text: reports of earlier versions hold that."""
-        if not isinstance(value, str):
-            return cls(**value)
-        text = value.removeprefix("warning: ")
-        return cls(text, is_warning=text != value)
 
 
 @dataclass(frozen=True)

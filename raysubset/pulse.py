@@ -60,11 +60,6 @@ def pulse() -> Pulse:
     return Pulse(num, (last_at - second_at) / (num - 2) if num > 2 else None, *_standing())
 
 
-def limit_s(stall_s: float, usual_s: float | None) -> float:
-    """Return the seconds without a beat after which work counts as stalled."""
-    return FIRST_TIMES * stall_s if usual_s is None else max(stall_s, USUAL_TIMES * usual_s)
-
-
 class Watch:
     """Measures for how long a process has made no progress. Only time in which somebody looked counts.
 
@@ -86,7 +81,9 @@ class Watch:
     @property
     def limit_s(self) -> float:
         """Seconds without progress after which the work counts as stalled."""
-        return limit_s(self._stall_s, self._usual_s)
+        if self._usual_s is None:
+            return FIRST_TIMES * self._stall_s
+        return max(self._stall_s, USUAL_TIMES * self._usual_s)
 
     def look(self) -> Literal["", "stalled", "lost"]:
         """Return "stalled" when the work is first seen to stand still, "lost" after twice that time, else ""."""

@@ -3,20 +3,13 @@
 import re
 
 # Options of pyarrow's file systems that name places and behaviour, and never hold a key or a token
-_PLAIN_OPTIONS = frozenset(
-    (
-        *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
-        *("allow_delayed_open", "background_writes", "force_virtual_addressing", "smart_defaults"),
-        *(
-            "tls_verify_certificates",
-            "tls_ca_file_path",
-            "tls_ca_dir_path",
-            "check_directory_existence_before_creation",
-        ),
-        *("blob_storage_authority", "dfs_storage_authority", "blob_storage_scheme", "dfs_storage_scheme"),
-        *("enable_tls", "default_bucket_location", "retry_limit_seconds", "project_id", "anonymous"),
-        *("replication", "buffer_size", "default_block_size", "mode"),
-    )
+_PLAIN_OPTIONS = (
+    *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
+    *("allow_delayed_open", "background_writes", "force_virtual_addressing", "smart_defaults"),
+    *("tls_verify_certificates", "tls_ca_file_path", "tls_ca_dir_path", "check_directory_existence_before_creation"),
+    *("blob_storage_authority", "dfs_storage_authority", "blob_storage_scheme", "dfs_storage_scheme"),
+    *("enable_tls", "default_bucket_location", "retry_limit_seconds", "project_id", "anonymous"),
+    *("replication", "buffer_size", "default_block_size", "mode"),
 )
 _CONTAINERS_BEFORE_AT = ("abfs", "abfss", "wasb", "wasbs")  # Azure's: container[:password]@account
 _NOT_A_PORT = re.compile(r"(?<!\[):(?!\d{1,5}$)(?![^\[]*\])")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raysubset import pulse as pulse_module
-from raysubset.pulse import Pulse, Watch, beat, begin, limit_s, pulse
+from raysubset.pulse import Pulse, Watch, beat, begin, pulse
 from tests.tiny import between_instructions, image_examples
 
 
@@ -33,7 +33,9 @@ def looks(watch: Watch, clock: Clock, *, seconds: int) -> dict[str, list[int]]:
 def test_a_step_may_take_ten_times_the_usual_and_stall_s_and_a_first_one_four_times_that(
     usual_s: float | None, limit: float
 ) -> None:
-    assert limit_s(30.0, usual_s) == limit
+    watch = Watch(30.0)
+    watch.hear(Pulse(3, usual_s))
+    assert watch.limit_s == limit
 
 
 def test_what_stands_still_is_told_of_once_and_lost_after_as_long_again() -> None:

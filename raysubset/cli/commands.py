@@ -21,20 +21,7 @@ from typing import Any
 from rich.text import Text
 
 from raysubset import __version__
-from raysubset.cli.flags import (
-    Advise,
-    Command,
-    Compare,
-    Doctor,
-    Export,
-    FindRate,
-    Ls,
-    Predict,
-    Report,
-    Run,
-    Settings,
-    Sweep,
-)
+from raysubset.cli import flags
 from raysubset.cli.live import telling
 from raysubset.cli.parsing import HELP, overview, parse, parse_command
 from raysubset.cli.screen import console_of, open_screen, print_sections, sections_of, visible
@@ -94,7 +81,7 @@ def run_job(arguments: Sequence[str], *, default: Config, description: str | Non
         default: the job's config.
         description: the first lines of the job's --help.
     """
-    return _job(Run, arguments, default, description)
+    return _job(flags.Run, arguments, default, description)
 
 
 def run_sweep_job(
@@ -109,7 +96,7 @@ def run_sweep_job(
         seeds: runs of each size.
         description: the first lines of the job's --help.
     """
-    return _job(Sweep, arguments, default, description, sizes=tuple(sizes), seeds=seeds)
+    return _job(flags.Sweep, arguments, default, description, sizes=tuple(sizes), seeds=seeds)
 
 
 def run_comparison_job(
@@ -124,11 +111,11 @@ def run_comparison_job(
         options: defaults for compare(): seeds, budgets, arms, learning_rates, batch_sizes, margin, num_workers,
             bandwidth.
     """
-    return _job(Compare, arguments, default, description, **options)
+    return _job(flags.Compare, arguments, default, description, **options)
 
 
 def _job(
-    kind: type[Command], arguments: Sequence[str], default: Config, description: str | None, **options: Any
+    kind: type[flags.Command], arguments: Sequence[str], default: Config, description: str | None, **options: Any
 ) -> int:
     prog = Path(sys.argv[0]).name
     command = partial(parse, kind, arguments, default, prog=prog, description=description, **options)
@@ -182,7 +169,12 @@ def _way_out(error: Exception) -> str:
 
 
 def _reported(
-    command: Run | Sweep | Compare, room: str, verb: str, *arguments: Any, is_finished: bool = False, **options: Any
+    command: flags.Run | flags.Sweep | flags.Compare,
+    room: str,
+    verb: str,
+    *arguments: Any,
+    is_finished: bool = False,
+    **options: Any,
 ) -> Any:
     """Call run(), sweep() or compare(), write the report's page, print where it is and the report, and return it.
 
@@ -204,20 +196,20 @@ def _reported(
     return report
 
 
-def _run(command: Run) -> int:
+def _run(command: flags.Run) -> int:
     report_path = Path(command.config.storage_path).expanduser() / command.config.run_name() / "report.json"
     _reported(command, "raysubset.pipeline", "run", is_finished=report_path.exists() and not command.fresh)
     return DONE
 
 
-def _sweep(command: Sweep) -> int:
+def _sweep(command: flags.Sweep) -> int:
     space, scheduler = _space(command.sizes, command.space), "asha" if command.prune else None
     options = {"seeds": command.seeds, "scheduler": scheduler, "baseline": command.baseline}
     report = _reported(command, "raysubset.sweeping", "sweep", space, **options)
     return FAILED if any(trial["state"] == "failed" for trial in report.trials) else DONE
 
 
-def _compare(command: Compare) -> int:
+def _compare(command: flags.Compare) -> int:
     options: dict[str, Any] = {"seeds": 5} | (QUICK if command.quick else {})
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers", "bandwidth"):
         if (value := getattr(command, name)) not in (None, ()):
@@ -244,7 +236,7 @@ def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:
     return space
 
 
-def _report(command: Report) -> int:
+def _report(command: flags.Report) -> int:
     if not command.directories:
         raise ValueError("report needs a directory: that of a run, a sweep or a comparison, or those of several runs")
     if command.to and (command.format != "html" or len(command.directories) == 1):
@@ -277,7 +269,7 @@ def _refuse_no_folder(path: str | None) -> None:
         raise ValueError(f"--to {path}: there is no folder {folder}: choose another")
 
 
-def _ls(command: Ls) -> int:
+def _ls(command: flags.Ls) -> int:
     from raysubset.report import list_runs, listing_section
 
     entries, num_others = list_runs(command.storage)
@@ -312,7 +304,7 @@ def _write_page(uri: str, tell: OnEvent) -> str:
         return f"No page, as it cannot be written: {first_line(error)}"
 
 
-def _doctor(command: Doctor) -> int:
+def _doctor(command: flags.Doctor) -> int:
     from raysubset.doctor import examine
 
     console = console_of(sys.stdout, soft_wrap=True)
@@ -339,7 +331,7 @@ def _num_gpus_here(config: Config) -> float:
     return float(torch.cuda.is_available() and num_gpus != 0)
 
 
-def _advise(command: Advise) -> int:
+def _advise(command: flags.Advise) -> int:
     from raysubset.comparison import advise, measured_lines, sizes_of
     from raysubset.data import load_full_set
     from raysubset.pipeline.node_speeds import measure_speed
@@ -367,7 +359,7 @@ def _advise(command: Advise) -> int:
     return DONE
 
 
-def _find_rate(command: FindRate) -> int:
+def _find_rate(command: flags.FindRate) -> int:
     _refuse_no_folder(command.to)
     from raysubset.data import load_full_set
     from raysubset.planning import make_plan
@@ -397,14 +389,14 @@ def _find_rate(command: FindRate) -> int:
     return DONE
 
 
-def _export(command: Export) -> int:
+def _export(command: flags.Export) -> int:
     from raysubset.trained_model.exporting import export_model
 
     print(export_model(command.directory, command.to, format=command.format, trust_code=command.trust_code))
     return DONE
 
 
-def _predict(command: Predict) -> int:
+def _predict(command: flags.Predict) -> int:
     from raysubset.trained_model.exporting import predict_files
 
     code = DONE
@@ -420,7 +412,7 @@ def _predict(command: Predict) -> int:
     return code
 
 
-def _settings(command: Settings) -> int:
+def _settings(command: flags.Settings) -> int:
     from raysubset.cli.help import settings_text
 
     text = settings_text(command.config)
@@ -436,22 +428,22 @@ def _settings(command: Settings) -> int:
     return DONE
 
 
-_WORK: Mapping[type[Command], Callable[[Any], int]] = {
-    Run: _run,
-    Sweep: _sweep,
-    Compare: _compare,
-    Report: _report,
-    Ls: _ls,
-    Doctor: _doctor,
-    Advise: _advise,
-    FindRate: _find_rate,
-    Export: _export,
-    Predict: _predict,
-    Settings: _settings,
+_WORK: Mapping[type[flags.Command], Callable[[Any], int]] = {
+    flags.Run: _run,
+    flags.Sweep: _sweep,
+    flags.Compare: _compare,
+    flags.Report: _report,
+    flags.Ls: _ls,
+    flags.Doctor: _doctor,
+    flags.Advise: _advise,
+    flags.FindRate: _find_rate,
+    flags.Export: _export,
+    flags.Predict: _predict,
+    flags.Settings: _settings,
 }
 
 
-def _do(command: Command) -> int:
+def _do(command: flags.Command) -> int:
     return _WORK[type(command)](command)
 
 

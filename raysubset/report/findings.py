@@ -28,7 +28,7 @@ from raysubset.report.parts import Command
 def findings(record: Record) -> Iterator[str | Note]:
     """Yield the findings, one or two sentences each; differences within the noise are called so."""
     stages, rounds, quality = record["stages"], record["stages"].get("rounds") or [], quality_of(record)
-    yield from (note for note in map(Note.from_json, record["advice"]) if note.is_warning)
+    yield from (Note(**note) for note in record["advice"] if note["is_warning"])
     if rounds:
         yield from _of_minima(record, rounds[-1]["minima"])
         yield from _of_aggregation(rounds[-1], quality)

@@ -151,7 +151,7 @@ def result(record: Record, beside: Beside) -> Section:
 
 def _final_model(record: Record) -> Section:
     quality = quality_of(record)
-    lines = list(map(Note.from_json, record["data"]["notes"]))
+    lines = [Note(**note) for note in record["data"]["notes"]]
     if values := list(_other_values(record["test"], quality)):
         lines.insert(0, Note(f"On test data also: {', '.join(values)}."))
     error = "" if standard_error(record["test"], quality) is None else " ± standard error"

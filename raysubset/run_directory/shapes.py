@@ -51,7 +51,7 @@ _SLOT = {"kind": str, "speed": _NUMBER}
 _OUTER_STEP = {"outer_learning_rate": _NUMBER, "outer_momentum": (_NUMBER,)}
 _CONFIG = {"name": (str,), "minimize": {"loss?": str}, "task?": {"loss?": str}, "model": {"name": str}}
 
-_NOTES = [str, {"text": str, "is_warning": bool}]  # earlier versions wrote texts
+_NOTES = [{"text": str, "is_warning": bool}]
 
 _REPORT = (
     _HEAD

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class ImageInputs:
         images = rows["image"]
         height, width, channels = self.image_shape
         pixels = (images if draws is None else crop_and_flip(images, draws)).flatten(1)
-        scale, shift = self._constants(images.device)
+        scale, shift = _factors(self, images.device)
         normalised = torch.addcmul(shift, pixels.to(torch.float32), scale)
         return normalised.view(-1, height, width, channels).permute(0, 3, 1, 2)
 
@@ -65,20 +65,13 @@ class ImageInputs:
         mean, std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (self.mean, self.std))
         return mean, std
 
-    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (factor, shift), float32 [H*W*C] each: a uint8 pixel is normalised as pixel * factor + shift."""
-        if device not in self._by_device:
-            mean, std = (torch.tensor(values, device=device) for values in (self.mean, self.std))
-            num = self.image_shape[0] * self.image_shape[1]
-            self._by_device[device] = (1 / (255 * std)).repeat(num), (-mean / std).repeat(num)
-        return self._by_device[device]
 
-    @cached_property
-    def _by_device(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_by_device"}
+@lru_cache(maxsize=4)
+def _factors(inputs: ImageInputs, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (factor, shift), float32 [H*W*C] each: a uint8 pixel is normalised as pixel * factor + shift."""
+    mean, std = (torch.tensor(values, device=device) for values in (inputs.mean, inputs.std))
+    num = inputs.image_shape[0] * inputs.image_shape[1]
+    return (1 / (255 * std)).repeat(num), (-mean / std).repeat(num)
 
 
 def crop_and_flip(images: Tensor, draws: Tensor) -> Tensor:

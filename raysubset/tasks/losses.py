@@ -220,11 +220,10 @@ class AbsoluteError(_NumbersLoss):
     name = "absolute error"
     _function = staticmethod(F.l1_loss)
 
-    def curvature(self, outputs: Tensor, change: Tensor, targets: Tensor) -> Tensor:
+    def curvature(self, *arguments: object, **options: object) -> Tensor:
         raise ValueError("the absolute error has no curvature: use --task.loss huber or squared_error")
 
-    def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
-        raise ValueError("the absolute error has no curvature: use --task.loss huber or squared_error")
+    fisher_terms = curvature
 
 
 Loss = CrossEntropy | SquaredError | Huber | AbsoluteError
