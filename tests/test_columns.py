@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from raysubset.config import from_tree
 from raysubset.tasks.columns import TableInputs, fit_columns, refuse_constant, target_numbers
 
 
@@ -160,7 +161,7 @@ def test_a_table_that_does_not_fit_the_training_rows_is_refused(table: Any, mess
 def test_an_encoder_read_back_from_json_encodes_alike():
     table = pa.table({"age": [0.1, 2.7, None], "sex": ["f", None, "f"], "day": pa.array([1, 2, 3], pa.date32())})
     inputs, _ = fit_columns(table, table.column_names, missing="mean")
-    again = TableInputs.from_dict(json.loads(json.dumps(dataclasses.asdict(inputs))))
+    again = from_tree(TableInputs, json.loads(json.dumps(dataclasses.asdict(inputs))))
     assert again == inputs
     np.testing.assert_array_equal(again.encode(table)[0], inputs.encode(table)[0])
 
@@ -180,9 +181,9 @@ def test_an_encoder_read_back_from_json_encodes_alike():
 def test_a_strangers_encoder_is_refused_in_a_line(changes: dict[str, Any], message: str):
     tree = {"columns": [{"name": "a", "kind": "number", "mean": 0.0, "deviation": 1.0, **changes}], "missing": "mean"}
     with pytest.raises(ValueError, match=message):
-        TableInputs.from_dict(tree)
+        from_tree(TableInputs, tree, "inputs.", noun="field")
     with pytest.raises(ValueError, match="different names"):
-        TableInputs.from_dict({"columns": [], "missing": "mean"})
+        from_tree(TableInputs, {"columns": [], "missing": "mean"})
 
 
 def test_targets_are_numbers_as_they_stand():

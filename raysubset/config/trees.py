@@ -24,7 +24,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {match}?"
 
 
-def need(condition: bool, message: str) -> None:
+def need(condition: object, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
@@ -136,7 +136,7 @@ def from_tree(cls: type[T], tree: Any, prefix: str = "", *, noun: str = "config 
     """Build a dataclass from parsed JSON and check each value's type; fields left out keep their defaults.
 
     Fields may be finite numbers, strings, booleans, None, Literals, lists, tuples, dicts with string keys, dataclasses,
-    and unions of one of these with None. The fields of classes with a __post_init__ are checked there.
+    and unions of one of these with None. A Part checks its fields itself.
 
     Args:
         prefix: the start of the dotted names in messages.
@@ -146,7 +146,7 @@ def from_tree(cls: type[T], tree: Any, prefix: str = "", *, noun: str = "config 
         ValueError: if the tree is no mapping, a field is unknown or missing, or a value has the wrong type.
     """
     need(isinstance(tree, Mapping), f"{prefix.rstrip('.') or noun.split()[0]} should be an object, not {_shown(tree)}")
-    hints, checks_itself = _hints(cls), hasattr(cls, "__post_init__")
+    hints, checks_itself = _hints(cls), issubclass(cls, Part)
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:  # not need(): looking for the nearest word would be most of the time a config takes

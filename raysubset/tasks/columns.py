@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +12,8 @@ import torch
 from pyarrow import compute
 from torch import Tensor
 
-from raysubset.config import from_tree, nearest
+from raysubset.config import nearest
+from raysubset.config.trees import need
 from raysubset.errors import listed
 from raysubset.events import Note
 
@@ -40,6 +41,13 @@ class InputColumn:
     values: tuple[str, ...] = ()  # the categories in training rows, sorted
     has_missing: bool = False  # missing values are one more category, the last
 
+    def __post_init__(self) -> None:
+        is_category, values = self.kind == "category", list(self.values)
+        is_list = is_category == bool(values) and values == sorted({*values}) and len(values) <= MOST_VALUES
+        need(is_list, f"inputs.columns: {self.name} has no list of distinct, sorted values")
+        fits = self.deviation > 0 and (is_category or not self.has_missing)
+        need(fits, f"inputs.columns: {self.name} has a deviation of {self.deviation:g}")
+
     @property
     def feature_names(self) -> tuple[str, ...]:
         """The column's name, or "colour=red" for each category."""
@@ -57,6 +65,11 @@ class TableInputs:
 
     column = "inputs"
     augmentation = "none"
+
+    def __post_init__(self) -> None:
+        names = [column.name for column in self.columns]
+        fits = names and len({*names}) == len(names)
+        need(fits, f"inputs.columns should be columns of different names, not {listed(names) or 'none'}")
 
     @property
     def shape(self) -> tuple[int]:
@@ -120,25 +133,6 @@ class TableInputs:
                     )
             first += len(column.feature_names)
         return features, _notes(found)
-
-    @classmethod
-    def from_dict(cls, tree: Any) -> "TableInputs":
-        """Rebuild inputs from dataclasses.asdict().
-
-        Raises:
-            ValueError: for a dict that asdict() cannot have returned.
-        """
-        inputs = from_tree(cls, tree, "inputs.", noun="field")
-        names = [column.name for column in inputs.columns]
-        if not names or len({*names}) < len(names):
-            raise ValueError(f"inputs.columns should be columns of different names, not {listed(names) or 'none'}")
-        for column in inputs.columns:
-            is_category, values = column.kind == "category", list(column.values)
-            if is_category != bool(values) or values != sorted({*values}) or len(values) > MOST_VALUES:
-                raise ValueError(f"inputs.columns: {column.name} has no list of distinct, sorted values")
-            if not column.deviation > 0 or (column.has_missing and not is_category):
-                raise ValueError(f"inputs.columns: {column.name} has a deviation of {column.deviation:g}")
-        return inputs
 
 
 class Columns(Protocol):

@@ -1,5 +1,6 @@
 """Turns stored images and tensors into a network's inputs: normalisation and augmentation, on the device, no loop."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from raysubset.config.trees import need
+
 Augmentation = Literal["none", "crop_flip"]
 GreyRange = tuple[int, int]  # for pixels of more than 8 bits: the values of black and of white
 FULL_RANGE: GreyRange = (0, 65535)
 
 # The padding on each side, which is also the largest shift, is the side divided by this: 4 pixels for CIFAR's 32.
 _SIDES_PER_PADDING = 8
+
+_MOST = 2**28  # numbers in one example: an image of 16,384×16,384
+_LARGE = 1e6  # for a mean or a standard deviation of pixels in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,16 @@ class ImageInputs:
     grey_range: GreyRange = FULL_RANGE
 
     column = "image"
+
+    def __post_init__(self) -> None:
+        shape, (black, white) = self.image_shape, self.grey_range
+        need(min(shape) > 0 and math.prod(shape) <= _MOST, f"image_shape = {list(shape)!r:.80} is no [H, W, C]")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            fits = len(values) == shape[2] and all(-_LARGE < value < _LARGE for value in values)
+            need(fits, f"{name} = {list(values)!r:.80} should be {shape[2]} numbers, one a channel")
+        is_range = -_LARGE < black < white < _LARGE
+        need(is_range, f"grey_range = {self.grey_range!r:.80} should be black and white, of pixels of over 8 bits")
+        need(min(self.std) > 0, f"std = {list(self.std)} must be positive")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -110,6 +126,14 @@ class TensorInputs:
 
     column = "inputs"
     augmentation = "none"
+
+    def __post_init__(self) -> None:
+        has_shape = len(self.shape) > 0 and min(self.shape) > 0 and math.prod(self.shape) <= _MOST
+        lengths = (1, *self.shape) if len(self.shape) == 1 else (1,)
+        has_scales = len(self.mean) == len(self.std) and len(self.mean) in lengths and min(self.std) > 0
+        need(has_shape and has_scales, "inputs hold no shape with its means and positive deviations")
+        has_bound = self.num_values is None or 0 < self.num_values <= _MOST
+        need(has_bound, f"num_values = {self.num_values} of inputs is out of range")
 
     def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
         """Return the inputs [n, …], float32 or int64."""

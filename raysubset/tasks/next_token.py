@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysubset.config.trees import need
 from raysubset.tasks.losses import CrossEntropy
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import LossTask, Rows
@@ -30,6 +31,9 @@ class NextToken(LossTask[CrossEntropy]):
     quality = "bits"
     higher_is_better = False
     loss_name = "cross-entropy, nats a token"
+
+    def __post_init__(self) -> None:
+        need(1 <= self.window < 2**20, f"task.window = {self.window} is no number of tokens")
 
     @property
     def unit(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

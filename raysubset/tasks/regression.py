@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysubset.config.trees import need
 from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.inputs import ImageInputs, TensorInputs
 from raysubset.tasks.losses import AbsoluteError, Huber, SquaredError
@@ -35,6 +36,11 @@ class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
 
     name = "regression"
     quality = "r2"
+
+    def __post_init__(self) -> None:
+        num = len(self.target_names)
+        fits = num == len(self.mean) == len(self.std) and min(self.std, default=0) > 0
+        need(fits, f"task.mean and task.std should be {num} numbers, deviations positive")
 
     def spec(self) -> Spec:
         return self.spec_of(len(self.target_names))

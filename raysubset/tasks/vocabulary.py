@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from raysubset.config.trees import need
 from raysubset.events import Note
 
 VocabularyKind = Literal["bytes", "characters"]
@@ -22,6 +23,10 @@ class Vocabulary:
 
     kind: VocabularyKind
     characters: str = ""  # each once, sorted by code point
+
+    def __post_init__(self) -> None:
+        fits = (self.kind == "bytes") != bool(self.characters) and [*self.characters] == sorted({*self.characters})
+        need(fits, f"vocabulary.characters does not go with {self.kind}: each once, in order")
 
     def __len__(self) -> int:
         return _NUM_BYTES if self.kind == "bytes" else len(self.characters) + 1
@@ -64,15 +69,6 @@ class Vocabulary:
             return numbers.astype(np.uint8).tobytes().decode(errors="replace")
         table = self.characters + _UNKNOWN_TEXT
         return "".join(table[number] for number in numbers)
-
-    def check(self) -> None:
-        """Refuse characters that fit_vocabulary() cannot have found.
-
-        Raises:
-            ValueError: likewise.
-        """
-        if (self.kind == "bytes") == bool(self.characters) or list(self.characters) != sorted({*self.characters}):
-            raise ValueError(f"vocabulary.characters does not go with {self.kind}: each once, in order")
 
 
 def fit_vocabulary(kind: VocabularyKind, texts: Sequence[str]) -> Vocabulary:
