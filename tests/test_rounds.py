@@ -1,7 +1,6 @@
 """Rounds: what they leave on disk, how long they are, and what they begin with. Without Ray."""
 
 import itertools
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any, cast
 import pyarrow.fs as pafs
 import pytest
 import torch
+from torch import nn
 
 from raysubset.comparison import gathering, sizes_of
 from raysubset.comparison.network import Exchange
@@ -34,6 +34,7 @@ from raysubset.run_directory.ledger import Ledger
 from raysubset.run_directory.patience import Patience, Patient
 from raysubset.run_directory.recent import Recent
 from raysubset.subset_actors import Backlog, Pack, SubsetFailed
+from raysubset.tasks import Spec
 from raysubset.training import Weights, learning_rate_at, why_not_packed
 from raysubset.work import AggregatePiece, Minimizer, Piece, Run, leave_aggregate, round_spans, seeded_model
 from tests.test_matrix import InProcess, cached
@@ -272,8 +273,52 @@ def test_the_ledger_and_the_forecast_have_each_byte_that_rounds_move_and_no_driv
     assert same_bits(start.leg.output.weights(), run_of(config, tmp_path / "local")[0])
 
 
+class Adapter(nn.Module):
+    """A network of 74 kB of which the last layer is trained, 5 kB."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(64, 256).requires_grad_(False)
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 256))
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.scale * self.backbone(images.flatten(1)).tanh())
+
+
+def adapter(spec: Spec) -> nn.Module:
+    return Adapter()
+
+
+@pytest.mark.parametrize("send", ["float32", "int8"])
+def test_what_no_training_changes_is_moved_once_for_each_process_and_the_weights_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: str
+) -> None:
+    config = config_of(rounds__send=send, model__name="tests.test_rounds:adapter", model__width=None)
+    storage, remote = Counted(), RunDirectory("counted://storage", "run")
+    remote.__dict__["_filesystem_and_root"] = pafs.PyFileSystem(storage), str(tmp_path / "run")
+    rounds, opened = rounds_in(config, remote)
+    actors, start = Processes(opened, storage, monkeypatch), FRESH
+    for round in range(3):
+        start = Start("warm", rounds.run(cast(Any, actors), round, start)[0])
+    assert start.leg is not None
+    (path,) = (tmp_path / "run" / "frozen").iterdir()
+    frozen, forecast = path.stat().st_size, sizes_of(config, opened.full_set, planned(config)).rounds
+    assert frozen > 67_000
+    works = Ledger(remote).read()
+    moved = storage.moved.total()
+    assert moved == sum(map(bytes_of, forecast)) - 2 * forecast[0].start == sum(w.num_network_bytes for w in works)
+    assert moved < 9 * frozen, "which six minima and three aggregates would hold"
+
+    monkeypatch.setattr("raysubset.work.starting._WORTH_A_FILE", 2**30)
+    whole, _ = run_of(config, tmp_path / "whole")
+    assert same_bits(start.leg.output.weights(), whole)
+    assert not (tmp_path / "whole" / "run" / "frozen").exists()
+
+
 def test_checkpoints_within_a_round_are_forecast_but_for_their_histories(tmp_path: Path) -> None:
     config = config_of(minimize__epochs=3.0, rounds__num=1, rounds__evaluate_every=1)
+    taken_bytes()  # of what tests before have read
     run_of(config, tmp_path)
     (works,) = [[w for w in Ledger(RunDirectory(str(tmp_path), "run")).read() if w.stage == "subsets"]]
     (exchange,) = sizes_of(config, full_set := load_full_set(*config.learned), make_plan(config, full_set)).rounds
@@ -364,16 +409,6 @@ def test_several_rounds_have_the_outer_step_of_the_pilots_and_one_has_none() -> 
     assert (several.outer_learning_rate, several.momentum) == (1.0, 0.6)
     assert several.optimizer_state == "keep"
     assert not config_of(rounds__outer_momentum=0.0).rounds.has_outer_step()
-
-
-def test_a_config_of_before_the_default_had_one_momentum_means_what_it_meant() -> None:
-    before = Config().to_dict()
-    del before["rounds"]["keep_minima"]
-    before["rounds"]["outer_momentum"] = 0.0
-    assert Config.from_dict(before) == Config(), "of one round it is the default"
-    before["rounds"]["num"] = 4
-    assert Config.from_dict(before).rounds.momentum == 0.0
-    assert math.isclose(config_of().rounds.momentum, 0.6)
 
 
 class Losing(InProcess):

@@ -35,6 +35,7 @@ from raysubset.run_directory import (
     weights_files,
     weights_path,
 )
+from raysubset.run_directory.recent import RECENT
 from raysubset.run_directory.seals import seal_of
 
 FOLDER = minimum_folder(0, 7)
@@ -166,6 +167,34 @@ class TestFiles:
         for name, tensor in weights.items():
             assert read[name].dtype == tensor.dtype
             assert torch.equal(read[name], tensor)
+
+    def test_frozen_weights_are_stored_once_for_all_files_and_a_damaged_file_of_them_is_made_again(self, run):
+        frozen, files = torch.arange(8.0), dict[str, str]()
+        for number in range(2):
+            weights = {"frozen": frozen.clone(), "trained": torch.full((2,), number)}
+            files |= run.write_apart(f"{number}.safetensors", weights, {"frozen"})
+        (path,) = run.list("frozen")
+        assert sorted(files) == ["0.safetensors", "1.safetensors", path]
+        for number in range(2):
+            read = run.read_weights(f"{number}.safetensors", files)
+            assert torch.equal(read["frozen"], frozen)
+            assert read["trained"].tolist() == [number, number]
+        run.write_apart("2.safetensors", {"frozen": frozen + 1, "trained": frozen}, {"frozen"})
+        assert len(run.list("frozen")) == 2
+        assert run.write_apart("3.safetensors", {"trained": frozen}, {"frozen"}).keys() == {"3.safetensors"}
+
+        damaged = bytearray(run.read_bytes(path))
+        damaged[-1] ^= 1
+        run.write_bytes(path, damaged)
+        other = RunDirectory(run.storage_path, run.name)
+        RECENT.frozen.clear()
+        with pytest.raises(CorruptFile, match="digest differs") as caught:
+            other.read_weights("0.safetensors", files)
+        other.forget(caught.value.path)
+        with pytest.raises(CorruptFile, match="it is gone"):
+            other.check_lengths(files)
+        other.write_apart("0.safetensors", {"frozen": frozen, "trained": torch.zeros(2)}, {"frozen"})
+        assert torch.equal(other.read_weights("1.safetensors", files)["frozen"], frozen)
 
     def test_weights_that_were_read_and_their_file_have_nothing_more_to_do_with_each_other(self, run):
         files = {"w.safetensors": run.write_weights("w.safetensors", {"a": torch.ones(3)})}

@@ -19,7 +19,8 @@ _WHOLE, _DIFFERENCE, _SCALE = "whole ", "difference ", "scale "  # prefixes of n
 
 
 def to_differences(weights: Weights, start: Weights, names: Collection[str], send: Send) -> Weights:
-    """Pack weights for sending. Of `names` the difference from the start is rounded to nearest; all else is unchanged.
+    """Pack weights for sending. Of `names` the difference from the start is rounded to nearest; of all else, what
+    equals the start is left out, and the rest is unchanged.
 
     An int8 is a multiple of its tensor's scale, the largest difference / 127, and off by at most half of the scale. A
     bfloat16 is off by at most 2⁻⁸ of the difference. The difference of half-precision weights keeps
@@ -31,6 +32,8 @@ def to_differences(weights: Weights, start: Weights, names: Collection[str], sen
     packed = {}
     for name, value in weights.items():
         value = value.detach().cpu()
+        if name not in names and torch.equal(value, start[name]):
+            continue
         difference = value - start[name] if name in names else None
         if difference is None or not difference.isfinite().all():
             packed[_WHOLE + name] = value
@@ -57,4 +60,4 @@ def from_differences(packed: Weights, start: Weights) -> Weights:
         elif f"{kind} " == _DIFFERENCE:
             difference = value.to(start[name].dtype)
             weights[name] = start[name] + difference * packed.get(_SCALE + name, torch.ones(()))
-    return {name: weights[name] for name in start}
+    return {name: weights.get(name, value) for name, value in start.items()}

@@ -1,21 +1,22 @@
 """sizes_of() forecasts the bytes that each round of a config moves, by the files that two steps of a member leave."""
 
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
 
-from raysubset.aggregation import method_of, to_differences
+from raysubset.aggregation import from_differences, method_of, to_differences
 from raysubset.comparison.network import Exchange
 from raysubset.config import Config
 from raysubset.data import FullSet
 from raysubset.legs import FRESH
-from raysubset.models import trainable_names
+from raysubset.models import averaged_names, trainable_names
 from raysubset.planning import Plan
-from raysubset.run_directory import RunDirectory, optimizer_path, weights_path
+from raysubset.run_directory import FROZEN_FOLDER, RunDirectory, optimizer_path, weights_path
 from raysubset.run_directory.ledger import Ledger
 from raysubset.training import Weights, ensemble_sample, num_steps_per_epoch
-from raysubset.work import Minimizer, Piece, seeded_model
+from raysubset.work import Minimizer, Piece, seeded_model, unchanged_names
 
 _WITH_RATES = ("sgd", "adam", "adamw", "muon")
 _FEW = 8  # examples of the one member's subset
@@ -33,7 +34,7 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
     """Return the bytes that the ledger will count, exact but for checkpoints.
 
     Checkpoints grow with their histories, and those by actors.checkpoint_s are not foreseen. Nothing is assumed to be
-    lost, and each member to have its own actor.
+    lost, and each member to have its own actor, which writes or fetches frozen weights once.
     """
     rounds, num, model = config.rounds, len(plan.subsets), seeded_model(config, full_set)
     weights, names = model.state_dict(), trainable_names(model)
@@ -67,13 +68,18 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
         (work,) = Ledger(directory).read()
         file_sizes = {path: _size(directory, path) for path in piece.output.files()}
         checkpoint = (work.num_network_bytes - sum(file_sizes.values())) // max(1, work.cost.num_steps - 1)
+        file_sizes = {path: size for path, size in file_sizes.items() if not path.startswith(FROZEN_FOLDER)}
         minimum, state = file_sizes.pop(weights_path(piece.folder)), file_sizes.pop(optimizer_path(piece.folder), 0)
+        frozen_names = unchanged_names(weights, averaged_names(model), lambda: weights)
         whole, momentum, outputs = (
-            _written_size(directory, tensors)
+            _written_size(directory, tensors, frozen_names)
             for tensors in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
         )
-        displacement = to_differences(weights, weights, names, "difference")
-        last = _written_size(directory, displacement) if rounds.overlaps else whole
+        frozen = sum(_size(directory, path) for path in directory.list(FROZEN_FOLDER))
+        last = whole
+        if rounds.overlaps:
+            end = from_differences(piece.output.weights(), weights)
+            last = _written_size(directory, to_differences(end, weights, names, "difference"))
     has_parts = bool(method_of(config.aggregation).needs.parts)  # members on parts leave outputs that nobody fetches
     statistics = sum(file_sizes.values()) + whole * has_parts
     steps, is_averaged = num_steps_per_epoch(len(subset), config.stage("subsets")), rounds.optimizer_state == "average"
@@ -92,6 +98,7 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
             start=starts[min(number, 2)],
             shared=(last if is_last else minimum) + statistics + predicted,
             own=(0 if is_last else state)
+            + frozen * (number == 0)
             + num_checkpoints * checkpoint
             + outputs * rounds.evaluated(number) * has_parts,
             aggregate=whole + momentum * rounds.has_outer_step(),
@@ -108,7 +115,7 @@ def _size(directory: RunDirectory, path: str) -> int:
     return (directory.local_path / path).stat().st_size
 
 
-def _written_size(directory: RunDirectory, weights: Weights) -> int:
-    """Return the size of a file of these weights."""
-    directory.write_weights("written.safetensors", weights)
+def _written_size(directory: RunDirectory, weights: Weights, frozen: Collection[str] = ()) -> int:
+    """Return the size of a file of these weights, without those that are frozen."""
+    directory.write_apart("written.safetensors", weights, frozen)
     return _size(directory, "written.safetensors")

@@ -67,7 +67,7 @@ class Config(Part):
             if self.trunk.epochs:
                 yield "subsets.start=independent and a trunk contradict each other: set trunk.epochs to 0"
             if self.model.weights:
-                yield f"model.weights = {self.model.weights} starts all alike: leave out subsets.start=independent"
+                yield f"model.weights = {self.model.weights} would start all subsets alike: leave out subsets.start"
             if self.rounds.num > 1:
                 yield "rounds.num > 1 starts every round from the last mean: subsets.start must be shared"
         loop = self.minimize.whole_loop

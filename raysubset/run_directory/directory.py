@@ -11,7 +11,7 @@ import pickle
 import re
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from raysubset.fingerprints import Identity
 from raysubset.run_directory.paths import (
     CONFIG_PATH,
     ENVIRONMENT_PATH,
+    FROZEN_FOLDER,
     IDENTITY_PATH,
     LEASE_PATH,
     aggregate_path,
@@ -240,8 +241,13 @@ class RunDirectory:
             logger.warning("%s; continuing without it", error)
             return None
 
-    def write_weights(self, path: str, weights: "Mapping[str, Tensor]", *, is_durable: bool = True) -> Seal:
+    def write_weights(
+        self, path: str, weights: "Mapping[str, Tensor]", *, frozen: str | None = None, is_durable: bool = True
+    ) -> Seal:
         """Write a safetensors file, a tensor at a time. Tied tensors are written twice, in the default memory layout.
+
+        Args:
+            frozen: the path of the file that holds the rest of the weights.
 
         Returns:
             The file's seal, for the `files` of the record that names it.
@@ -249,9 +255,38 @@ class RunDirectory:
         from raysubset.run_directory.weights_files import to_safetensors
 
         with self._sealed_file(path, is_durable=is_durable, is_kept=True) as sink:
-            for part in to_safetensors(weights):
+            for part in to_safetensors(weights, frozen=frozen):
                 sink.write(part)
         return sink.seal()
+
+    def write_apart(
+        self, path: str, weights: "Mapping[str, Tensor]", frozen: Collection[str], *, is_durable: bool = True
+    ) -> dict[str, Seal]:
+        """Write weights. Those named frozen, if any, go to a file that all weights with equal ones share.
+
+        A network of which little is trained then leaves, and its readers fetch, little more than that.
+
+        Returns:
+            The seals of both files by path, for the `files` of the record that names them.
+        """
+        from raysubset.run_directory.weights_files import to_safetensors
+
+        unchanged = {name: tensor for name, tensor in weights.items() if name in frozen}
+        if not unchanged:
+            return {path: self.write_weights(path, weights, is_durable=is_durable)}
+        with open(os.devnull, "wb") as nowhere:
+            draft = Sink(nowhere)
+            for part in to_safetensors(unchanged):
+                draft.write(part)
+        seal = draft.seal()
+        shared_path = f"{FROZEN_FOLDER}/{seal.rpartition(' ')[2][:32]}.safetensors"
+        try:
+            self.check_lengths({shared_path: seal})
+        except CorruptFile:  # gone, or cut short
+            self.write_weights(shared_path, unchanged, is_durable=is_durable)
+        changed = {name: tensor for name, tensor in weights.items() if name not in unchanged}
+        files = {path: self.write_weights(path, changed, frozen=shared_path, is_durable=is_durable)}
+        return files | {shared_path: seal}
 
     def read_weights(self, path: str, files: Mapping[str, Any]) -> "dict[str, Tensor]":
         """Return the weights in a file, on the CPU. A file that this process wrote or read lately is not fetched again.
@@ -264,9 +299,11 @@ class RunDirectory:
         """
         import safetensors.torch
 
+        from raysubset.run_directory.weights_files import frozen_of
+
         seal = files.get(path)
         recent = RECENT.find(self.uri, path, seal)
-        with self._corrupt(path, safetensors.SafetensorError, FileNotFoundError):
+        with self._corrupt(path, safetensors.SafetensorError, FileNotFoundError, RecursionError):
             if self.local_path:
                 status = os.stat(self.local_path / path)
                 version, num_bytes = (status.st_ino, status.st_size, status.st_mtime_ns), status.st_size
@@ -274,14 +311,24 @@ class RunDirectory:
                     with self._content(path) as data:
                         RECENT.keep(self.uri, path, self._check(path, data, seal), version)
                 weights = safetensors.torch.load_file(self.local_path / path)
+                with (self.local_path / path).open("rb") as file:
+                    shared_path = frozen_of(file)
             else:
                 data = self.read_bytes(path) if recent is None else recent
                 num_bytes = len(data)
                 if recent is None:
                     RECENT.keep(self.uri, path, self._check(path, data, seal), data)
                 weights = safetensors.torch.load(data)
-        count_bytes(num_bytes if recent is None else 0)
-        return weights
+                shared_path = frozen_of(io.BytesIO(data))
+            count_bytes(num_bytes if recent is None else 0)
+            return weights | self._frozen(shared_path, files) if shared_path else weights
+
+    def _frozen(self, path: str, files: Mapping[str, Any]) -> "dict[str, Tensor]":
+        """Return weights that no training changes. This process fetches them once, however large they are."""
+        key = self.uri, path, str(files.get(path))
+        if key not in RECENT.frozen:
+            RECENT.frozen = {key: self.read_weights(path, files)}
+        return RECENT.frozen[key]
 
     def write_checkpoint(self, path: str, state: Mapping[str, Any], *, is_durable: bool = True) -> Seal:
         """Write a save_checkpoint() file. Return its seal. `position`, such as [epoch, step], orders checkpoints."""
@@ -395,7 +442,8 @@ class RunDirectory:
             if match[2]:
                 self.delete(minimum_path(folder))
         else:
-            self.delete(minimum_path(folder) if name.endswith(".safetensors") and not match else path)
+            is_weights = name.endswith(".safetensors") and folder != FROZEN_FOLDER and not match
+            self.delete(minimum_path(folder) if is_weights else path)  # many records name frozen weights, and miss them
 
     def _check(self, path: str, data: Any, seal: Seal | None) -> Seal:
         """Return the seal if the file's content matches it; raise CorruptFile if not."""

@@ -19,6 +19,7 @@ PREDICTIONS_PATH = "test_predictions.parquet"  # of the final model on the test 
 MISTAKES_PATH = "test_mistakes.parquet"  # some wrongly predicted test examples, with their images
 MODEL_PATH = "model.safetensors"  # the final weights
 MODEL_RECORD_PATH = "model.json"  # what load_model() needs besides the weights
+FROZEN_FOLDER = "frozen"  # tensors that no training has changed, which files of weights share, by their digest
 SAMPLES_PATH = "samples.json"  # texts with which the final model continues a prompt
 
 

@@ -18,6 +18,7 @@ class Recent:
     def __init__(self) -> None:
         self._contents: dict[tuple[str, str], tuple[Seal, Any]] = {}
         self._lock = threading.Lock()
+        self.frozen: dict[tuple[str, str, Seal], Any] = {}  # one run's tensors that no training changes, of any size
 
     def keep(self, uri: str, path: str, seal: Seal, content: Any) -> None:
         """Keep a file's content, unless it is too large, or the version of a local file."""

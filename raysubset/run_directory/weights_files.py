@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -9,17 +10,22 @@ from torch import Tensor
 
 _DTYPES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
 _ALIGNMENT = 8  # bytes, of the position where tensors begin
+_FROZEN = "frozen"  # the metadata that names the file with the rest of the weights
 
 
-def to_safetensors(weights: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def to_safetensors(weights: Mapping[str, Tensor], *, frozen: str | None = None) -> Iterator[memoryview]:
     """Yield the file's header, then each tensor's bytes in the default memory layout, those of wide types first.
 
     safetensors' own save() takes three times as long: it copies all tensors twice, and returns the file as a whole.
 
+    Args:
+        frozen: the path of the file that holds the rest of the weights, for frozen_of().
+
     Raises:
         ValueError: for a dtype that the format does not have.
     """
-    header, at, names = dict[str, object](), 0, sorted(weights, key=lambda name: (-weights[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {_FROZEN: frozen}} if frozen else {}
+    at, names = 0, sorted(weights, key=lambda name: (-weights[name].element_size(), name))
     for name in names:
         tensor = weights[name]
         if tensor.dtype not in _DTYPES:
@@ -34,3 +40,11 @@ def to_safetensors(weights: Mapping[str, Tensor]) -> Iterator[memoryview]:
         tensor = weights[name].detach().cpu().contiguous()
         if tensor.numel():
             yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def frozen_of(file: BinaryIO) -> str | None:
+    """Return the path of the file that holds the rest of the weights, as to_safetensors() wrote it; None: no rest."""
+    num_bytes, begin = int.from_bytes(file.read(8), "little"), b'{"__metadata__"'
+    if file.read(len(begin)) != begin:
+        return None
+    return json.loads(begin + file.read(num_bytes - len(begin)))["__metadata__"].get(_FROZEN)

@@ -17,6 +17,7 @@ from raysubset.training import Weights, device_name, place, use_device
 from raysubset.work.calibration import calibration_examples
 from raysubset.work.networks import Networks
 from raysubset.work.pieces import AggregatePiece, Piece
+from raysubset.work.starting import unchanged_names
 
 
 def leave_aggregate(
@@ -67,7 +68,8 @@ def leave_aggregate(
             quality=full_set.quality,
         )
         path = piece.output.weights_path
-        files = {path: directory.write_weights(path, aggregation.aggregate.weights)}
+        weights = aggregation.aggregate.weights
+        files = directory.write_apart(path, weights, unchanged_names(weights, averaged, lambda: start))
         if momentum:
             files[momentum_path(round)] = directory.write_weights(momentum_path(round), momentum)
         if piece.averages_optimizers:

@@ -1,7 +1,7 @@
 """Minimizer: does pieces of work in this process, each from its newest checkpoint to its minimum."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,7 +15,7 @@ from raysubset.config import WHOLE_SUBSET, Config, MinimizeConfig, derive_seed
 from raysubset.costs import moved_bytes, taken_bytes
 from raysubset.data import Examples, FullSet, StreamedExamples
 from raysubset.errors import one_line
-from raysubset.models import num_parameters, trainable_names
+from raysubset.models import averaged_names, num_parameters, trainable_names
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
     RunDirectory,
@@ -57,7 +57,7 @@ from raysubset.training import (
 )
 from raysubset.work.networks import Networks
 from raysubset.work.pieces import Piece, Report, TrialPiece
-from raysubset.work.starting import seeded_model
+from raysubset.work.starting import seeded_model, unchanged_names
 from raysubset.work.trained import distillation_of, evaluate_together, leave_trained, leaves_out
 
 MOST_KEPT_BYTES = 2**28  # of optimizer states that a process has in memory beside their files
@@ -496,11 +496,15 @@ class Minimizer:
         recipe, run, folder = self._config.minimize, self._run, piece.folder
         subset_examples = replace(examples, augment=False)  # the same tensors, or files: no second copy
         weights, send = model.state_dict(), "float32" if start is None else piece.send
+        frozen: Collection[str] = ()
         if start is not None and piece.send != "float32":
             weights = to_differences(weights, start, trainable_names(model), piece.send)
+        else:
+            first = partial(seeded_model, self._config, full_set, piece.start_id)
+            frozen = unchanged_names(weights, averaged_names(model), lambda: start or first().state_dict())
         # A crash of the machine may cost short work, which the record's seals then show; long work is synced
         is_durable = job.state is not None or time.perf_counter() - self._started > WRITE_BACK_S
-        files = {weights_path(folder): run.write_weights(weights_path(folder), weights, is_durable=is_durable)}
+        files = run.write_apart(weights_path(folder), weights, frozen, is_durable=is_durable)
         training = validation = None
         measured = Cost()
         if "validation" in piece.measures:

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import pyarrow as pa
@@ -19,8 +19,10 @@ from raysubset.fingerprints import Entry, fingerprint
 from raysubset.models import architecture, new_model
 from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, RunDirectory
 from raysubset.tasks import Task, task_from_dict
+from raysubset.training import Weights
 
 PRETRAINED = "pretrained"
+_WORTH_A_FILE = 2**16  # bytes of weights
 
 
 def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
@@ -42,6 +44,20 @@ def random_model(config: Config, full_set: FullSet, start_id: str = "initial") -
     """Return the config's network with seeded weights, whatever model.weights says."""
     path = ("start",) if start_id == "initial" else ("start", start_id)
     return new_model(config.model, full_set, seed=derive_seed(config.seed, *path))
+
+
+def unchanged_names(weights: Weights, averaged: Collection[str], start: Callable[[], Weights]) -> frozenset[str]:
+    """Return the names of weights that still equal the start's, for a file of their own, if they are worth one.
+
+    Args:
+        averaged: models.averaged_names(), which training changes. All else usually stays: frozen parameters, masks.
+        start: returns the start's weights.
+    """
+    others = {name: tensor for name, tensor in weights.items() if name not in averaged}
+    if sum(tensor.nbytes for tensor in others.values()) < _WORTH_A_FILE:
+        return frozenset()
+    first = start()
+    return frozenset(name for name, tensor in others.items() if torch.equal(tensor.cpu(), first[name]))
 
 
 def start_note(config: Config, full_set: FullSet) -> list[Note]:
