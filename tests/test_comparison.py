@@ -238,7 +238,6 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
     monkeypatch.chdir(tmp_path)
     slow_down(tmp_path, "conventional", from_step=21 + 1)
     events: list[Event] = []
-    runner = runner_of(config, events.append)
 
     def strike() -> None:
         for attempt, blow in enumerate((signal.SIGTERM, signal.SIGKILL)):
@@ -251,7 +250,8 @@ def test_a_leg_survives_the_death_of_its_process_and_a_spot_notice_costs_no_atte
 
     striking = threading.Thread(target=strike, daemon=True)
     striking.start()
-    runner.run([leg])
+    with runner_of(config, events.append) as runner:
+        runner.run([leg])
     striking.join()
     works = leg.works()
     assert [work.outcome for work in works] == ["preempted", "lost", "done"]
@@ -266,7 +266,6 @@ def test_ctrl_c_leaves_a_checkpoint_of_a_leg_at_work(tmp_path: Path):
     config = Config(storage_path=str(tmp_path)).with_overrides(overrides)
     own = arm_config(parse_arm("B"), config, Settings(0.1, 64), seed=0, num_workers=2)
     leg = baseline(own, 1e4, legs_path=str(tmp_path))
-    runner = runner_of(config, lambda event: None)
 
     def press() -> None:
         while not leg.works():
@@ -274,7 +273,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_a_leg_at_work(tmp_path: Path):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), runner_of(config, lambda event: None) as runner:
         runner.run([leg])
     (work,) = leg.works()
     assert work.outcome == "interrupted"

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import ray
 
-from raysubset.comparison import checks, compare, driver, gathering
+from raysubset.comparison import checks, compare, gathering
 from raysubset.comparison.arms import ALL_ARMS, Settings, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.network import Exchange
 from raysubset.config import Config
 from raysubset.legs.leg import Leg, Start
+from raysubset.pipeline import session
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import comparison_sections
 from raysubset.run_directory import COMPARISON_PATH, RunDirectory
@@ -193,7 +194,8 @@ def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     task = SimpleNamespace(compares_examples=False)
-    monkeypatch.setattr(driver, "load_full_set", lambda *learned, known: SimpleNamespace(quality=R2, task=task))
+    full_set = SimpleNamespace(quality=R2, task=task, fingerprint=None)
+    monkeypatch.setattr(session, "load_full_set", lambda *learned, known: full_set)
     with pytest.raises(ValueError, match=r"how much worse in r2 may a model be .* give --margin"):
         compare(Config(storage_path=str(tmp_path)))
     assert not ray.is_initialized()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -27,11 +27,10 @@ from raysubset.pipeline.node_speeds import (
 )
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
-from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import Pack
 from raysubset.subset_actors.packs import Backlog, in_packs
 from raysubset.subsets import sizes_by_share
-from raysubset.work import Piece
+from raysubset.work import Piece, Run
 
 REQUEST = {"CPU": 1, "GPU": 0.5}
 
@@ -71,10 +70,11 @@ def test_a_measurement_that_fails_is_closed_in_the_ledger(monkeypatch: pytest.Mo
     monkeypatch.setattr(node_speeds, "node_types", lambda: [nodes("T4", 1)])
     monkeypatch.setattr(node_speeds, "refuse_unplaceable", lambda *arguments: None)
     monkeypatch.setattr(node_speeds, "address_of", lambda node_id: "10.0.0.1")
-    config, ledger = Config().with_overrides({"subsets.shares": "measured"}), Ledger(RunDirectory(str(tmp_path), "run"))
+    config, full_set = Config().with_overrides({"subsets.shares": "measured"}), cast(Any, None)
+    run = Run(config, RunDirectory(str(tmp_path), "run"), full_set, [], lambda event: None)
     with pytest.raises(TimeoutError):
-        decide_slots(config, [], np.arange(4), num_gpus=0.5, num_subsets=2, ledger=ledger, tell=lambda event: None)
-    (work,) = ledger.read()
+        decide_slots(run, np.arange(4), num_gpus=0.5, num_subsets=2)
+    (work,) = run.ledger.read()
     assert (work.stage, work.outcome) == ("measuring", "failed")
     assert (work.error or "").startswith("TimeoutError: the cluster is busy; see test_node_speeds.py, line ")
 

@@ -10,7 +10,6 @@ from raysubset.cli import call
 from raysubset.config import Config, ModelConfig
 from raysubset.models import build_model
 from raysubset.pipeline import run
-from raysubset.pipeline.stages import _finished
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, REPORT_PATH, RESULT_PATH, RunDirectory
 from raysubset.tasks import Spec
 from raysubset.trained_model import save_model
@@ -71,7 +70,7 @@ def test_a_finished_run_of_which_an_artefact_is_damaged_or_gone_has_work_left_an
 ):
     assert finished.local_path is not None
     damage(finished.local_path / path)
-    assert _finished(finished, config(finished), {}, False) is None
+    assert finished.read_record(REPORT_PATH, whole=True) is None
     (line,) = caplog.messages
     assert line.startswith(f"{path} in {finished.uri} is damaged: ")
     assert line.endswith("; the work behind it is done again")

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from raysubset.events import Note
-from raysubset.pipeline import run_report
-from raysubset.pipeline.run_report import Sessions
+from raysubset.pipeline import session
+from raysubset.pipeline.session import Sessions
 from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 
 
@@ -14,7 +14,7 @@ def test_wall_seconds_are_those_of_all_sessions_also_of_killed_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, now = RunDirectory(str(tmp_path), "run"), 100.0
-    monkeypatch.setattr(run_report.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(session.time, "perf_counter", lambda: now)
 
     killed = Sessions(directory, Lease(directory), began=98.0)
     killed.started_up()
@@ -43,11 +43,11 @@ def test_a_heartbeat_that_cannot_be_written_ends_no_run_and_is_made_up_for(
         RunDirectory.write_json(directory, path, record)
 
     monkeypatch.setattr(directory, "write_json", write_json)
-    session = Sessions(directory, Lease(directory), began=0.0)
-    session.heartbeat()
+    last = Sessions(directory, Lease(directory), began=0.0)
+    last.heartbeat()
     assert not failures
     assert not directory.exists(SESSIONS_PATH)
-    session.write()
+    last.write()
     assert directory.exists(SESSIONS_PATH)
 
 
@@ -56,8 +56,8 @@ def test_a_driver_whose_lease_is_lost_stops_at_its_next_event_and_leaves_the_ses
 ) -> None:
     directory = RunDirectory(str(tmp_path), "run")
     lease, events = Lease(directory), []
-    with Sessions(directory, lease, began=0.0) as session:
-        tell = session.checked(events.append)
+    with Sessions(directory, lease, began=0.0) as last:
+        tell = last.checked(events.append)
         lease.lost = "another driver has taken over the run"
         with pytest.raises(RuntimeError, match="another driver has taken over"):
             tell(Note("never told"))

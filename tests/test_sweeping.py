@@ -14,6 +14,7 @@ import pytest
 from raysubset.cli import call
 from raysubset.config import Config
 from raysubset.events import Event
+from raysubset.pipeline import session
 from raysubset.quality import ACCURACY
 from raysubset.report import read_report, sweep_sections, write_files
 from raysubset.report.sweeps import sweep_command
@@ -102,10 +103,10 @@ def test_trials_that_learn_different_things_are_refused_before_anything_runs(
 ) -> None:
     nats, squares = SimpleNamespace(loss_name="nats"), SimpleNamespace(loss_name="squares")
     sets = {
-        "digits": SimpleNamespace(quality=ACCURACY, task=nats),
-        "diabetes": SimpleNamespace(quality=BITS, task=squares),
+        "digits": SimpleNamespace(quality=ACCURACY, task=nats, fingerprint=None),
+        "diabetes": SimpleNamespace(quality=BITS, task=squares, fingerprint=None),
     }
-    monkeypatch.setattr(driver, "load_full_set", lambda *learned, known: sets[learned[0].name])
+    monkeypatch.setattr(session, "load_full_set", lambda *learned, known: sets[learned[0].name])
     with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits\)"):
         sweep(Config(storage_path=str(tmp_path)), {"data.name": list(sets)}, seeds=1)
     assert list(tmp_path.iterdir()) == []

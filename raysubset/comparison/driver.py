@@ -3,31 +3,30 @@
 import dataclasses
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
-from raysubset.cluster import connected, num_gpus_of, num_slots, offered, put_once, reached, refuse_unplaceable
+from raysubset.cluster import num_gpus_of, num_slots, offered, put_once, refuse_unplaceable
 from raysubset.comparison.arms import LONG, Arm, Settings, arm_config, final_leg
 from raysubset.comparison.checks import checked_arms, checked_margin, takes, unparted_arms, usual_arms
 from raysubset.comparison.gathering import Finals, flat, gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.standing import ArmsStanding
 from raysubset.comparison.tuning import LEARNING_RATES, MOST_BEYOND, Losses, best_of, in_words, search, widest
-from raysubset.config import Config, check_number, derive_seed
-from raysubset.data import load_full_set
+from raysubset.config import Config, Learned, check_number, derive_seed
+from raysubset.data import FullSet
 from raysubset.events import Event, LegDone, Note, OnEvent, Progress, Stage, Waiting
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.objects_in_hand import accepts_objects
-from raysubset.pipeline.run_report import Sessions, environment
+from raysubset.pipeline.run_report import environment
+from raysubset.pipeline.session import Command
 from raysubset.planning import Plan, make_plan
-from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, Lease, RunDirectory
-from raysubset.tracking import refuse_missing, track_comparison
+from raysubset.run_directory import COMPARISON_PATH, DECISIONS_PATH, RunDirectory
+from raysubset.tracking import track_comparison
 from raysubset.uris import shown as shown_uri
-from raysubset.user_code.functions import refuse_import
 from raysubset.work import Run
-from raysubset.work.identity import identify, known_fingerprint, places_notes
+from raysubset.work.identity import places_notes
 
 BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0)
 BANDWIDTH = 1.0  # Gbit/s
@@ -84,72 +83,59 @@ def compare(
     Raises:
         ValueError: for the user's mistakes, with the way out.
     """
-    start_s = time.perf_counter()
-    refuse_import("compare()")
-    tell: OnEvent = on_event or (lambda event: None)
+    command = Command("comparison", config, on_event, fresh=fresh, accept_changed_code=accept_changed_code)
+    directory, tell = command.directory, command.tell
     if isinstance(seeds, int):
         check_number("--seeds", seeds, "[0, 1000]")
-    seeds = list(range(config.seed, config.seed + seeds)) if isinstance(seeds, int) else list(seeds)
+        seeds = range(config.seed, config.seed + seeds)
     own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
     rates = sorted(set(learning_rates or (rate for rate in own_rates if takes(config, rate))))
-    named_arms, arm_notes = (arms, []) if arms else usual_arms(config, rates[0])
+    named_arms, notes = (arms, []) if arms else usual_arms(config, rates[0])
     chosen_arms = checked_arms(config, seeds, budgets, named_arms, rates)
     for size in batch_sizes:
         check_number("--batch-sizes", size, "[1, ∞)")
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"--num-workers {num_workers}: arm I needs at least one")
     check_number("--bandwidth", bandwidth, "(0, ∞)")
-    refuse_missing(config.tracking)
-    directory = RunDirectory(config.storage_path, config.name or f"{config.run_name()}-comparison")
-    old_identity = None if fresh else directory.read_identity()
     tell(Waiting(f"reading {shown_uri(config.data.name)}"))
-    full_set = load_full_set(*config.learned, known=known_fingerprint(old_identity, config))
+    full_sets: dict[Learned, FullSet] = {}
+    configs = [config, *(config.with_overrides(dict(arm.overrides)) for arm in chosen_arms)]
+    identity = command.load(configs, full_sets)
+    full_set = full_sets[config.learned]
     if full_set.task.compares_examples:
         chosen_arms, parted_notes = unparted_arms(chosen_arms, full_set.task.name, are_usual=not arms)
-        arm_notes += parted_notes
+        notes += parted_notes
     margin = checked_margin(margin, full_set.quality, config.data.name)
-    configs = {arm: config.with_overrides(dict(arm.overrides)) for arm in chosen_arms}
-    identity = identify([config, *configs.values()], {config.learned: full_set}, old_identity)
     plan = make_plan(config, full_set)
-    plans = {arm: make_plan(configs[arm], full_set) if arm.overrides else plan for arm in chosen_arms}
-    for note in (*arm_notes, *places_notes(identity), *full_set.advice, *plan.advice):
+    plans = {
+        arm: make_plan(config.with_overrides(dict(arm.overrides)), full_set) if arm.overrides else plan
+        for arm in chosen_arms
+    }
+    for note in (*notes, *places_notes(identity), *full_set.advice, *plan.advice):
         tell(note)
-    directory.check_writable()
-    shown_config = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
-    with ExitStack() as stack:
-        stack.enter_context(reached(config.cluster, tell))
-        if fresh or not directory.exists(DECISIONS_PATH):
-            types = offered(config.cluster)
-            num_gpus = num_gpus_of(config.actors, lambda event: None, types=types)
-            request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-            refuse_unplaceable(request, "legs of a comparison", types=types)
-        lease = stack.enter_context(Lease(directory))
-        resumed = directory.open(
-            shown_config.to_dict() | {"kind": "comparison"},
-            environment(),
-            identity,
-            fresh=fresh,
-            accept_changed_code=accept_changed_code,
-        )
-        sessions = stack.enter_context(Sessions(directory, lease, began=start_s))
+    with command.opened(identity, partial(_refuse_no_place, config)) as sessions:
         tell = sessions.checked(tell)
-        tell(Stage(f"{'resuming' if resumed else 'comparison'} {directory.uri}"))
-        with connected(config.cluster, tell):
-            sessions.started_up()
-            decisions = _decide(directory, config, len(plan.subsets), num_workers, tell)
-            run = Run(config, directory, full_set, put_once(full_set), tell)
-            sizes = sorted(set(batch_sizes)) or [config.minimize.batch_size]
-            most_beyond = 0 if learning_rates else MOST_BEYOND
-            comparison = _Comparison(run, decisions, plans, seeds, budgets, rates, sizes, most_beyond=most_beyond)
-            comparison.refuse_unplaceable()
-            with comparison.runner:
-                settings = comparison.tune()
-                finals = comparison.run(settings)
+        sessions.started_up()
+        decisions = _decide(directory, config, len(plan.subsets), num_workers, tell)
+        comparison = _Comparison(
+            Run(config, directory, full_set, put_once(full_set), tell),
+            plans,
+            seeds,
+            budgets=sorted(set(map(float, budgets))),  # floats: 2 and 2.0 would name two legs
+            rates=rates,
+            sizes=sorted(set(batch_sizes)) or [config.minimize.batch_size],
+            most_beyond=0 if learning_rates else MOST_BEYOND,
+            **decisions,
+        )
+        comparison.refuse_unplaceable()
+        with comparison.runner:
+            settings = comparison.tune()
+            finals = comparison.finish(settings)
         record = {
             "kind": "comparison",
             "name": directory.name,
             "uri": directory.uri,
-            "config": shown_config.to_dict(),
+            "config": command.shown_config,
             "environment": environment(),
             **gather(
                 finals,
@@ -169,9 +155,18 @@ def compare(
         sessions.write()
         record["seconds"] = sessions.seconds()
         directory.write_json(COMPARISON_PATH, record)
-        track_comparison(config, directory, directory.read_json(COMPARISON_PATH), tell)
+        record = directory.read_json(COMPARISON_PATH)
+        track_comparison(config, directory, record, tell)
     tell(Note(f"report: {directory.uri}"))
-    return ComparisonReport.from_dict(directory.read_json(COMPARISON_PATH))
+    return ComparisonReport.from_dict(record)
+
+
+def _refuse_no_place(config: Config, directory: RunDirectory | None) -> None:
+    """Stop before a new cluster starts if the cluster can never place an actor. What was decided before is kept."""
+    if directory is None or not directory.exists(DECISIONS_PATH):
+        types = offered(config.cluster)
+        num_gpus = num_gpus_of(config.actors, lambda event: None, types=types)
+        refuse_unplaceable({"CPU": config.actors.num_cpus, "GPU": num_gpus}, "legs of a comparison", types=types)
 
 
 def _decide(
@@ -182,94 +177,80 @@ def _decide(
     if decisions is None:
         num_gpus = num_gpus_of(config.actors, tell)
         most = num_slots({"CPU": config.actors.num_cpus, "GPU": num_gpus}, startable=True)
-        decisions = {
-            "num_gpus": num_gpus,
-            "num_workers": max(2, min(num_subsets, most)),
-        }
+        decisions = {"num_gpus": num_gpus, "num_workers": max(2, min(num_subsets, most))}
     decisions |= {"num_workers": num_workers or decisions["num_workers"]}
     directory.write_json(DECISIONS_PATH, decisions)
     return decisions
 
 
+@dataclasses.dataclass
 class _Comparison:
     """Draws the legs of all arms, and runs them."""
 
-    def __init__(
-        self,
-        run: Run,
-        decided: Record,
-        plans: Mapping[Arm, Plan],
-        seeds: Sequence[int],
-        budgets: Sequence[float],
-        rates: Sequence[float],
-        sizes: Sequence[int],
-        *,
-        most_beyond: int,
-    ) -> None:
-        """Draw and run nothing yet.
+    run: Run
+    plans: Mapping[Arm, Plan]
+    seeds: Sequence[int]
+    budgets: Sequence[float]  # ascending, like rates and sizes
+    rates: Sequence[float]  # the learning rates that arms try
+    sizes: Sequence[int]  # the batch sizes that B tries
+    most_beyond: int  # rates that an arm tries beyond an edge of its grid
+    num_workers: int  # of arm I
+    num_gpus: float  # of an actor
 
-        Args:
-            rates, sizes: the grids of learning rates and batch sizes that are tried, in ascending order.
-            most_beyond: the most rates that an arm tries beyond an edge of its grid.
-        """
-        self._config, self._num_train, self._plans, self._tell = run.config, len(run.full_set.train), plans, run.tell
-        self._seeds, self._budgets = seeds, sorted(set(map(float, budgets)))  # floats: 2 and 2.0 would name two legs
-        self._rates, self._sizes, self._most_beyond = rates, sizes, most_beyond
-        self._num_workers, self._num_gpus = decided["num_workers"], decided["num_gpus"]
-        self._legs_path = run.directory.below("legs")
+    def __post_init__(self) -> None:
         self.tried: list[Record] = []  # by tuning: arm, settings, validation loss
         self.tuning_legs: list[Leg] = []
-        self.runner = LegRunner(dataclasses.replace(run, tell=self._pass_on), num_gpus=decided["num_gpus"])
-        grid_sizes = {arm.key: len(rates) * (len(sizes) if arm.key == "B" else 1) for arm in plans if arm.key != "A"}
-        tuning = {key: num * self._tuning_point()[0] for key, num in grid_sizes.items() if num > 1}
-        of_arms = {arm.key: self._budgets_of(arm) for arm in plans}
-        self._standing = ArmsStanding(run.full_set.quality, of_arms, num_seeds=len(seeds), tried=tuning)
+        self.runner = LegRunner(dataclasses.replace(self.run, tell=self._pass_on), num_gpus=self.num_gpus)
+        self._num_train = len(self.run.full_set.train)
+        # The middle budget, and a seed that is not among the compared ones
+        seed = derive_seed(min(self.seeds), "tuning") % 2**31
+        self._tuning_point = self.budgets[(len(self.budgets) - 1) // 2], seed
+        num_tried = {arm.key: len(self.rates) * (len(self.sizes) if arm.key == "B" else 1) for arm in self.plans}
+        tuning = {key: num * self._tuning_point[0] for key, num in num_tried.items() if num > 1 and key != "A"}
+        budgets = {arm.key: self._budgets_of(arm) for arm in self.plans}
+        quality = self.run.full_set.quality
+        self._standing = ArmsStanding(quality, budgets, num_seeds=len(self.seeds), tried=tuning)
         self._stood_at = 0.0
 
     def _pass_on(self, event: Event) -> None:
         """Pass on an event of the legs' runner. Report how the arms stand when a leg is done, and as it proceeds."""
-        self._tell(event)
+        self.run.tell(event)
         if isinstance(event, LegDone):
             self._standing.note_done(event.leg, event.validation, was_there=event.was_there)
             if not event.was_there:
-                self._tell(self._standing.event())
+                self.run.tell(self._standing.event())
         elif isinstance(event, Progress):
             self._standing.note_progress(event.attempt.directory, event.epoch / event.num_epochs)
             if time.monotonic() - self._stood_at >= STANDING_S:
                 self._stood_at = time.monotonic()
-                self._tell(self._standing.event())
+                self.run.tell(self._standing.event())
 
     def _tell_standing(self, settings: Mapping[str, Settings]) -> None:
         """Report the settings that arms were tuned to."""
         for key, arm_settings in settings.items():
             self._standing.note_settings(key, f"{arm_settings.learning_rate:g}")
-        self._tell(self._standing.event())
+        self.run.tell(self._standing.event())
 
     def leg(self, arm: Arm, settings: Settings, budget: float, seed: int) -> Leg:
         """Return an arm's last leg."""
-        config = arm_config(arm, self._config, settings, seed=seed, num_workers=self._num_workers)
-        use = "tuning" if (budget, seed) == self._tuning_point() else f"{budget:g} passes, seed {seed}"
+        use = "tuning" if (budget, seed) == self._tuning_point else f"{budget:g} passes, seed {seed}"
         return final_leg(
             arm,
-            config,
+            arm_config(arm, self.run.config, settings, seed=seed, num_workers=self.num_workers),
             budget,
-            self._plans[arm],
+            self.plans[arm],
             num_train=self._num_train,
-            num_workers=self._num_workers,
-            legs_path=self._legs_path,
+            num_workers=self.num_workers,
+            legs_path=self.run.directory.below("legs"),
             label=f"{arm.key} at rate {settings.learning_rate:g}, {use}",
         )
 
     def _finals(self, arm: Arm, settings: Settings) -> dict[float, dict[int, Leg]]:
         """Return an arm's last legs by budget and seed."""
-        return {b: {seed: self.leg(arm, settings, b, seed) for seed in self._seeds} for b in self._budgets_of(arm)}
+        return {b: {seed: self.leg(arm, settings, b, seed) for seed in self.seeds} for b in self._budgets_of(arm)}
 
-    def _budgets_of(self, arm: Arm) -> list[float]:
-        return [LONG * max(self._budgets)] if arm.letter == "A" else self._budgets
-
-    def _tuning_point(self) -> tuple[float, int]:
-        """Return the middle budget, and a seed that is not among the compared ones."""
-        return self._budgets[(len(self._budgets) - 1) // 2], derive_seed(min(self._seeds), "tuning") % 2**31
+    def _budgets_of(self, arm: Arm) -> Sequence[float]:
+        return [LONG * max(self.budgets)] if arm.letter == "A" else self.budgets
 
     def refuse_unplaceable(self) -> None:
         """Stop before anything runs if an arm has data-parallel work left that the cluster can never place.
@@ -279,25 +260,25 @@ class _Comparison:
         Raises:
             ValueError: with the way out.
         """
-        for arm in self._plans:
-            last = self.leg(arm, Settings(self._rates[0], self._sizes[0]), *self._tuning_point())
+        for arm in self.plans:
+            last = self.leg(arm, Settings(self.rates[0], self.sizes[0]), *self._tuning_point)
             num_workers = max(leg.num_workers for leg in closure(last))
-            if num_workers > 1 and not any(self._has_all(arm, size) for size in self._sizes):
+            if num_workers > 1 and not any(self._has_all(arm, size) for size in self.sizes):
                 flag = "--num-workers" if arm.letter == "I" else "--fine-tuning.num-workers, --trunk.num-workers"
                 way_out = (
                     f"Give it fewer ({flag}), give a local cluster more logical CPUs (--cluster.num-cpus), leave "
                     "it out of --arms,"
                 )
-                request = {"CPU": self._config.actors.num_cpus, "GPU": self._num_gpus}
+                request = {"CPU": self.run.config.actors.num_cpus, "GPU": self.num_gpus}
                 refuse_unplaceable(request, f"workers of arm {arm.key}", num=num_workers, way_out=way_out)
 
     def _has_all(self, arm: Arm, size: int) -> bool:
         def is_done(legs: Iterable[Leg]) -> bool:
             return all(leg.output.record(whole=True) is not None for leg in legs)
 
-        grid = [Settings(rate, size) for rate in self._rates]
-        tuning = [self.leg(arm, setting, *self._tuning_point()) for setting in grid if len(grid) > 1]
-        settings = [at for at in widest(grid, self._most_beyond) if takes(self._config, at.learning_rate)]
+        grid = [Settings(rate, size) for rate in self.rates]
+        tuning = [self.leg(arm, setting, *self._tuning_point) for setting in grid if len(grid) > 1]
+        settings = [at for at in widest(grid, self.most_beyond) if takes(self.run.config, at.learning_rate)]
         return is_done(tuning) and any(is_done(flat({arm: self._finals(arm, setting)})) for setting in settings)
 
     def tune(self) -> dict[str, Settings]:
@@ -305,60 +286,55 @@ class _Comparison:
 
         A is B for longer, and has B's settings.
         """
-        rates = ", ".join(f"{rate:g}" for rate in self._rates)
-        at = f"{self._tuning_point()[0]:g} passes"
-        self._tell(Stage(f"tuning: learning rates {rates} and batch sizes {self._sizes} at {at}"))
-        baseline = next(arm for arm in self._plans if arm.key == "B")
-        settings = self._best({baseline: [Settings(rate, size) for size in self._sizes for rate in self._rates]})
+        rates = ", ".join(f"{rate:g}" for rate in self.rates)
+        at = f"{self._tuning_point[0]:g} passes"
+        self.run.tell(Stage(f"tuning: learning rates {rates} and batch sizes {self.sizes} at {at}"))
+        baseline = next(arm for arm in self.plans if arm.key == "B")
+        settings = self._best({baseline: [Settings(rate, size) for size in self.sizes for rate in self.rates]})
         self._tell_standing(settings)
-        grid = [Settings(rate, settings["B"].batch_size) for rate in self._rates]
-        settings |= self._best({arm: grid for arm in self._plans if arm.key not in ("A", "B")})
+        grid = [Settings(rate, settings["B"].batch_size) for rate in self.rates]
+        settings |= self._best({arm: grid for arm in self.plans if arm.key not in ("A", "B")})
         return settings | {"A": settings["B"]}
 
     def _best(self, grids: Mapping[Arm, Sequence[Settings]]) -> dict[str, Settings]:
         """Return the best settings of each arm's grid. A grid of one is not run."""
         best = {arm.key: grid[0] for arm, grid in grids.items()}
-        tried_grids = {arm: grid for arm, grid in grids.items() if len(grid) > 1}
         all_losses = search(
-            tried_grids,
+            {arm: grid for arm, grid in grids.items() if len(grid) > 1},
             self._losses,
-            most_beyond=self._most_beyond,
-            can_try=lambda setting: takes(self._config, setting.learning_rate),
+            most_beyond=self.most_beyond,
+            can_try=lambda setting: takes(self.run.config, setting.learning_rate),
         )
         for arm, losses in all_losses.items():
             best[arm.key] = best_of(losses)
-            self._tell(Note(in_words(arm, losses), is_warning=losses[best[arm.key]] == math.inf))
+            self.run.tell(Note(in_words(arm, losses), is_warning=losses[best[arm.key]] == math.inf))
         return best
 
     def _losses(self, grids: Mapping[Arm, Sequence[Settings]]) -> Losses:
         """Run arms with settings at the tuning's budget, and return their validation losses; ∞ if a leg failed."""
-        budget, seed = self._tuning_point()
-        legs = {arm: {setting: self.leg(arm, setting, budget, seed) for setting in grid} for arm, grid in grids.items()}
-        for arm, leg_of in legs.items():
-            self._standing.expect(arm.key, leg_of.values(), self._num_train)
-        all_legs = [leg for leg_of in legs.values() for leg in leg_of.values()]
-        self.runner.run(all_legs, stay=True)
-        self.tuning_legs += all_legs
-        losses: Losses = defaultdict(dict)
-        for arm, leg_of in legs.items():
-            for setting, leg in leg_of.items():
-                validation = None if leg in self.runner.failed else leg.validation()
-                loss = validation["loss"] if validation else None
-                losses[arm][setting] = math.inf if loss is None else loss
-                record = {"arm": arm.key, **dataclasses.asdict(setting), "budget": budget}
-                self.tried.append({**record, "validation_loss": loss, "leg": leg.key})
+        tuned = {(arm, at): self.leg(arm, at, *self._tuning_point) for arm, grid in grids.items() for at in grid}
+        for (arm, _), leg in tuned.items():
+            self._standing.expect(arm.key, [leg], self._num_train)
+        self.runner.run(list(tuned.values()))
+        self.tuning_legs += tuned.values()
+        losses: Losses = {arm: {} for arm in grids}
+        for (arm, at), leg in tuned.items():
+            validation = None if leg in self.runner.failed else leg.validation()
+            loss = validation["loss"] if validation else None
+            losses[arm][at] = math.inf if loss is None else loss
+            record = {"arm": arm.key, **dataclasses.asdict(at), "budget": self._tuning_point[0]}
+            self.tried.append({**record, "validation_loss": loss, "leg": leg.key})
         return losses
 
-    def run(self, settings: Mapping[str, Settings]) -> Finals:
+    def finish(self, settings: Mapping[str, Settings]) -> Finals:
         """Run all arms at all budgets with all seeds, then test. Return the last legs by arm, budget and seed."""
-        finals = {arm: self._finals(arm, settings[arm.key]) for arm in self._plans}
+        finals = {arm: self._finals(arm, settings[arm.key]) for arm in self.plans}
         for arm, by_budget in finals.items():
             for budget, by_seed in by_budget.items():
                 self._standing.expect(arm.key, by_seed.values(), self._num_train, budget)
-        shape = f"{len(finals)} arms × {len(self._budgets)} budgets × {len(self._seeds)} seeds"
-        self._tell(Stage(shape))
+        self.run.tell(Stage(f"{len(finals)} arms × {len(self.budgets)} budgets × {len(self.seeds)} seeds"))
         self._tell_standing(settings)
-        self.runner.run(flat(finals), stay=True)
-        self._tell(Stage("test: all choices are made, the test split is read"))
+        self.runner.run(flat(finals))
+        self.run.tell(Stage("test: all choices are made, the test split is read"))
         self.runner.test(flat(finals))
         return finals

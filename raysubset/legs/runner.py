@@ -1,8 +1,7 @@
 """LegRunner does legs on the cluster, each after its inputs, and goes on without those that fail."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -10,11 +9,10 @@ from raysubset.data import refuse_changed_files
 from raysubset.errors import one_line
 from raysubset.events import Event, LegDone, Note, Progress, Retry, Start, Waiting
 from raysubset.legs.leg import Leg, closure, validation_of
-from raysubset.legs.stream import Stream
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import CorruptFile, at_once
 from raysubset.run_directory.ledger import Ledger
-from raysubset.subset_actors import ActorPool, Pack
+from raysubset.subset_actors import ActorPool, Backlog, Pack, name_of
 from raysubset.work import Run
 
 
@@ -22,7 +20,7 @@ class LegRunner:
     """Runs legs on actors of an ActorPool, whose docstring says what happens on deaths, drains and Ctrl-C.
 
     A leg that fails for good is left out with all legs that need it, and `failed` names them. If the driver dies, the
-    next one finds the legs that are done. Actors may stay between two calls; they end with the runner's context.
+    next one finds the legs that are done. Actors stay between two calls; they end with the runner's context.
     """
 
     def __init__(self, run: Run, *, num_gpus: float, then: str = "what needs it is left out") -> None:
@@ -42,27 +40,20 @@ class LegRunner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            with self._actors(stay=False):
-                pass
+    def __exit__(self, *error: Any) -> None:
+        pool, self._pool = self._pool, None
+        if pool:
+            pool.__exit__(*error)
 
-    @contextmanager
-    def _actors(self, *, stay: bool) -> Iterator[ActorPool]:
-        """Yield the pool that is open, or a new one. Leave it open if its actors are to stay and nothing was raised."""
-        pool, self._pool = self._pool or ActorPool(self._quiet_run, num_gpus=self._num_gpus), None
-        with ExitStack() as stack:
-            yield stack.enter_context(pool)
-            if stay:
-                stack.pop_all()
-                self._pool = pool
+    def _actors(self) -> ActorPool:
+        self._pool = self._pool or ActorPool(self._quiet_run, num_gpus=self._num_gpus)
+        return self._pool
 
-    def run(self, finals: Sequence[Leg], *, stay: bool = False) -> None:
+    def run(self, finals: Sequence[Leg]) -> None:
         """Do the legs and all that they need, unless they are done; afterwards `failed` names those that failed.
 
         Args:
             finals: the last legs.
-            stay: keep the actors for the next call.
 
         Raises:
             ValueError: if the files of a streamed set have changed, or no actor can ever be placed.
@@ -71,9 +62,10 @@ class LegRunner:
         legs, damages = list(dict.fromkeys(leg for final in finals for leg in closure(final))), set[str]()
         while True:
             try:
-                self._do_missing(legs, stay=stay)
+                self._do_missing(legs)
                 return
             except CorruptFile as error:
+                self.__exit__(CorruptFile, error, error.__traceback__)  # actors that are at work
                 if str(error) in damages:
                     raise
                 damages.add(str(error))  # its leg is done again
@@ -83,44 +75,40 @@ class LegRunner:
         if isinstance(event, Retry | Waiting | Start | Progress) or (isinstance(event, Note) and event.is_warning):
             self._tell(event)
 
-    def _do_missing(self, legs: Sequence[Leg], *, stay: bool) -> None:
+    def _do_missing(self, legs: Sequence[Leg]) -> None:
         refuse_changed_files(self._run.full_set)
         for leg in legs:  # another try may fare better
             self.failed.pop(leg, None)
         records = dict(zip(legs, at_once(_record, legs), strict=True))
-        done = {leg for leg, record in records.items() if record is not None}
+        todo = {name_of(leg.piece): leg for leg, record in records.items() if record is None}
+        num_done = len(legs) - len(todo)
         for leg, record in records.items():
             if record is not None:
                 self._tell(LegDone("", leg.key, validation_of(record), was_there=True))
-        if done:
-            self._tell(Note(f"{len(done)} of {len(legs)} legs are already there"))
-        if not (todo := [leg for leg in legs if leg not in done]):
+        if num_done:
+            self._tell(Note(f"{num_done} of {len(legs)} legs are already there"))
+        if not todo:
             return
-        with self._actors(stay=stay) as pool:
-            stream = Stream(pool, keep=math.inf if stay else 0)
-            stream.add(todo)
-            for leg, result in stream.results():
-                if not isinstance(result, Exception):
-                    done.add(leg)
-                    self._tell_done(leg, result, f"{len(done)} of {len(legs)} legs")
-                    continue
+        needs = {name: {name_of(needed.piece) for needed in leg.inputs} for name, leg in todo.items()}
+        backlog = Backlog([Pack((leg.piece,)) for leg in todo.values()], needs)
+        for piece, result in self._actors().results(backlog, keep=math.inf):
+            leg = todo[name_of(piece)]
+            if isinstance(result, Exception):
                 if self.failed.keys().isdisjoint(leg.inputs):
                     self._tell(Note(f"{leg.name} failed: {one_line(result)}; {self._then}", is_warning=True))
                 self.failed[leg] = one_line(result)
+                continue
+            num_done, metrics = num_done + 1, validation_of(result)
+            text = "not measured" if metrics is None else metrics_in_words(metrics, self._run.full_set.quality)
+            text = f"{leg.name}: validation {text} ({num_done} of {len(legs)} legs)"
+            self._tell(LegDone(text, leg.key, metrics))
 
     def test(self, finals: Sequence[Leg]) -> None:
         """Evaluate legs on the test split, each once. Call it after all choices are made; it raises as run() does."""
         refuse_changed_files(self._run.full_set)
         todo = [leg for leg in dict.fromkeys(finals) if leg not in self.failed and leg.tested() is None]
         if todo:
-            with self._actors(stay=False) as pool:
-                for _ in pool.run([Pack((leg.test,)) for leg in todo], None):
-                    pass
-
-    def _tell_done(self, leg: Leg, record: dict[str, Any], count: str) -> None:
-        metrics = validation_of(record)
-        text = "not measured" if metrics is None else metrics_in_words(metrics, self._run.full_set.quality)
-        self._tell(LegDone(f"{leg.name}: validation {text} ({count})", leg.key, metrics))
+            list(self._actors().run([Pack((leg.test,)) for leg in todo], None))
 
 
 def _record(leg: Leg) -> dict[str, Any] | None:

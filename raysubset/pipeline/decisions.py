@@ -6,7 +6,7 @@ from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
 from raysubset.config import Config
-from raysubset.events import Note
+from raysubset.events import Note, stage_event
 from raysubset.fine_tuning.streaming import most_workers, refuse_without_readers
 from raysubset.pipeline.node_speeds import Slot, decide_slots, shares
 from raysubset.planning import Plan, workers_of_stages
@@ -112,22 +112,15 @@ class Decisions:
         """Return the record that decisions.json holds."""
         return dict(self._record)
 
-    def decide_sizes(self, plan: Plan) -> None:
+    def decide_sizes(self) -> None:
         """Weigh or measure the nodes' speeds, unless that is decided already."""
-        if "slots" in self._record:
-            return
-        run, num_subsets = self._run, len(plan.subsets)
-        slots = decide_slots(
-            run.config,
-            run.full_set_ref,
-            plan.subsets[0].indices,
-            num_gpus=self.num_gpus,
-            num_subsets=num_subsets,
-            ledger=run.ledger,
-            tell=run.tell,
-        )
-        self._record |= {"slots": [asdict(slot) for slot in slots], "shares": shares(slots, num_subsets)}
-        self._write()
+        if "slots" not in self._record:
+            num = len(self._plan.subsets)
+            text = f"sizes of {num} subsets by the speed of the nodes, {self._run.config.subsets.shares}"
+            self._run.tell(stage_event("measuring", text))
+            slots = decide_slots(self._run, self._plan.subsets[0].indices, num_gpus=self.num_gpus, num_subsets=num)
+            self._record |= {"slots": [asdict(slot) for slot in slots], "shares": shares(slots, num)}
+            self._write()
 
     def per_actor(self, pool: ActorPool, pieces: Sequence[Piece]) -> int:
         """Return how many subsets an actor takes at once: the number set, if measuring once shows it to be faster."""

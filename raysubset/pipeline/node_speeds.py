@@ -6,9 +6,8 @@ sizes in proportion to shares(slots, num_subsets=4); subset 2 is meant for slot_
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +15,8 @@ import torch
 from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
 from raysubset.config import Config, SubsetsConfig
 from raysubset.data import FullSet
-from raysubset.events import OnEvent
-from raysubset.run_directory.ledger import Ledger
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
-from raysubset.work import seeded_model
+from raysubset.work import Run, seeded_model
 
 MEASURE_S = 3.0  # seconds of training that measure a speed
 _ENDLESS_EPOCHS = 1e6
@@ -63,59 +60,48 @@ def in_words(slots: Sequence[Slot], sizes: Sequence[int]) -> str:
     parts: dict[Slot, list[int]] = {}
     for subset, size in enumerate(sizes):
         parts.setdefault(slot_of(slots, subset), []).append(size)
-    texts = []
-    for slot, slot_sizes in parts.items():
-        span = f"{min(slot_sizes)}" if min(slot_sizes) == max(slot_sizes) else f"{min(slot_sizes)} to {max(slot_sizes)}"
-        texts.append(f"for {slot.kind} (speed {slot.speed:.4g}) {len(slot_sizes)} × {span} examples")
+    texts = (
+        f"for {slot.kind} (speed {slot.speed:.4g}) {len(slot_sizes)} × "
+        f"{' to '.join(map(str, sorted({min(slot_sizes), max(slot_sizes)})))} examples"
+        for slot, slot_sizes in parts.items()
+    )
     return f"sizes are by speed: {', '.join(texts)}"
 
 
-def decide_slots(
-    config: Config,
-    full_set_ref: Sequence[Any],
-    indices: np.ndarray,
-    *,
-    num_gpus: float,
-    num_subsets: int,
-    ledger: Ledger,
-    tell: OnEvent,
-) -> list[Slot]:
+def decide_slots(run: Run, indices: np.ndarray, *, num_gpus: float, num_subsets: int) -> list[Slot]:
     """Return the slots that the subsets are meant for, the fastest first, weighted or measured as subsets.shares says.
 
+    The ledger receives the cost of measuring.
+
     Args:
-        full_set_ref: of put_once().
         indices: int64, a subset on which the run's model and recipe are timed.
         num_gpus: of an actor.
         num_subsets: the most slots that are returned.
-        ledger: receives the cost of measuring.
 
     Raises:
         ValueError: if an actor can never be placed, or there is no node to weigh or measure.
     """
-    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
+    config, request = run.config, {"CPU": run.config.actors.num_cpus, "GPU": num_gpus}
     refuse_unplaceable(request, "subset actors")
-    most = min(num_subsets, config.actors.max_num or num_subsets)
-    speeds = config.subsets.speeds()
-    if speeds is not None:
-        return weighted_slots(node_types(), request, speeds, most=most)
 
     def measure(kind: NodeType) -> float:
         node_id = kind.node_ids[0]
-        with ledger.recorded("measuring", 0, device=kind.accelerator, node=address_of(node_id)) as close:
+        with run.ledger.recorded("measuring", 0, device=kind.accelerator, node=address_of(node_id)) as close:
             speed: MeasuredSpeed = call_on_cluster(
                 measure_speed,
-                full_set_ref,
-                config,
-                indices,
-                num_gpus,
+                run.full_set_ref,
+                *(config, indices, num_gpus),
                 request=request,
-                tell=tell,
+                tell=run.tell,
                 timeout_s=config.cluster.wait_timeout_s,
                 node_id=node_id,
             )
             close(speed.cost)
         return speed.examples_per_s
 
+    most, speeds = min(num_subsets, config.actors.max_num or num_subsets), config.subsets.speeds()
+    if speeds is not None:
+        return weighted_slots(node_types(), request, speeds, most=most)
     return measured_slots(node_types(), request, measure, most=most)
 
 
@@ -129,10 +115,11 @@ def weighted_slots(
     Raises:
         ValueError: if no known node holds the request, or none that does has a type with a weight.
     """
-    slots = []
-    for type in types:
-        num = type.num_fitting(request) * (type.num_alive + type.num_startable)
-        slots += [_weighted(type, speeds)] * min(num, most)
+    slots = [
+        _weighted(type, speeds)
+        for type in types
+        for _ in range(min(type.num_fitting(request) * (type.num_alive + type.num_startable), most))
+    ]
     if not slots:
         raise ValueError(
             "subsets.shares gives weights to types of nodes, but no node is up or known to be startable that holds "
@@ -161,16 +148,15 @@ def measured_slots(
     Raises:
         ValueError: if no node that is alive holds the request.
     """
-    alive = [type for type in types if type.num_alive and type.num_fitting(request)]
-    if not alive:
+    slots: list[Slot] = []
+    for type in types:
+        if num := type.num_fitting(request) * type.num_alive:
+            slots += [Slot(kind_of(type), measure(type))] * min(num, most)
+    if not slots:
         raise ValueError(
             f"subsets.shares=measured times each kind of node, but no node is up that holds {describe(request)}: give "
             "weights by type instead (--subsets.shares A100=3.5,T4=1), or start the nodes first"
         )
-    slots = []
-    for type in alive:
-        slot = Slot(kind_of(type), measure(type))
-        slots += [slot] * min(type.num_fitting(request) * type.num_alive, most)
     return _fastest(slots, most)
 
 
@@ -184,27 +170,28 @@ def kind_of(type: NodeType) -> str:
     return f"{name} ({describe(type.resources)})"
 
 
+def speeds_of_nodes(config: SubsetsConfig, slots: Sequence[Slot]) -> Iterator[tuple[NodeType, float]]:
+    """Yield the cluster's types of nodes now, each with its speed; those whose kind was not measured are left out."""
+    weights, measured = config.speeds(), {slot.kind: slot.speed for slot in slots}
+    for type in node_types():
+        speed = measured.get(kind_of(type)) if weights is None else _weighted(type, weights).speed
+        if speed is not None:
+            yield type, speed
+
+
 def speed_of_node(config: SubsetsConfig, slots: Sequence[Slot], node_id: str) -> float | None:
-    """Return the speed of the node that an actor started on; None if its kind was not measured."""
-    type = next((type for type in node_types() if node_id in type.node_ids), None)
-    return _speed_of(config, slots, type) if type else None  # the node may have gone meanwhile
+    """Return the speed of the node that an actor started on; None if its kind was not measured, or it has gone."""
+    return next((speed for type, speed in speeds_of_nodes(config, slots) if node_id in type.node_ids), None)
 
 
 def fastest_nodes(config: Config, slots: Sequence[Slot], *, num_gpus: float) -> list[str]:
     """Return the ids of the living nodes, the fastest first, each once per actor that fits; at most one a slot."""
     request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-    places = []
-    for type in node_types():
-        if type.node_ids and (speed := _speed_of(config.subsets, slots, type)) is not None:
-            places += [(speed, id) for id in type.node_ids for _ in range(min(type.num_fitting(request), len(slots)))]
-    return [id for _, id in sorted(places, key=lambda entry: -entry[0])[: len(slots)]]
-
-
-def _speed_of(config: SubsetsConfig, slots: Sequence[Slot], type: NodeType) -> float | None:
-    speeds = config.speeds()
-    if speeds is not None:
-        return _weighted(type, speeds).speed
-    return next((slot.speed for slot in slots if slot.kind == kind_of(type)), None)
+    by_speed = sorted(speeds_of_nodes(config.subsets, slots), key=lambda entry: -entry[1])
+    ids = [
+        id for type, _ in by_speed for id in type.node_ids for _ in range(min(type.num_fitting(request), len(slots)))
+    ]
+    return ids[: len(slots)]
 
 
 def measure_speed(full_set: FullSet, config: Config, indices: np.ndarray, num_gpus: float) -> MeasuredSpeed:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from raysubset.aggregation import method_of
 from raysubset.errors import listed
 from raysubset.events import AggregateDone, MinimaFound, Note, stage_event
-from raysubset.legs import FRESH, Leg, Start, Stream
+from raysubset.legs import FRESH, Leg, Start
 from raysubset.pipeline.decisions import Decisions
 from raysubset.pipeline.node_speeds import slot_of
 from raysubset.planning import Plan, manifest
@@ -23,9 +24,9 @@ from raysubset.run_directory import (
     subsamples_folder,
     subsets_path,
 )
-from raysubset.subset_actors import ActorPool, Pack, done_of, in_packs, minimum_done
+from raysubset.subset_actors import ActorPool, Backlog, Outcome, Pack, done_of, in_packs, minimum_done, name_of
 from raysubset.subsets import Subset
-from raysubset.work import Piece, Run, cut_subsets, seeded_model
+from raysubset.work import AnyPiece, Piece, Run, cut_subsets, seeded_model
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,12 @@ Legs = tuple[Leg, ...]
 
 
 class Rounds:
-    """Does the rounds of one run."""
+    """Does the rounds of one run.
+
+    All that needs no choice is queued at once, the members of the next round too. They start as soon as what they need
+    is done: the last round's aggregate, or with rounds.overlap their own minima and the aggregate before. What happens
+    if processes die is said by ActorPool.
+    """
 
     def __init__(self, run: Run, plan: Plan, decisions: Decisions) -> None:
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
@@ -43,28 +49,27 @@ class Rounds:
         self._last_start: Start | None = None  # the start of the round before
         self._subsets: dict[int, tuple[Subset, ...]] = {}  # of the rounds at work
         self._chooses = run.config.actors.quorum is not None  # else a round's aggregate is of all members
-        self._stream: Stream | None = None  # of all rounds that are not done
-        self._queued: dict[int, tuple[Legs, Leg | None]] = {}  # by round, its members and aggregate in the stream
+        self._backlog = Backlog(())  # of all rounds that are not done
+        self._results: Iterator[tuple[AnyPiece, Outcome]] | None = None  # of the backlog
+        self._held: dict[str, Outcome] = {}  # by names of pieces that are done, and not waited for yet
+        self._queued: dict[int, tuple[Legs, Leg | None]] = {}  # by round, its members and aggregate in the backlog
         self._stored: set[Leg] = set()  # legs of these rounds that were done before
 
     def run(self, pool: ActorPool, round: int, start: Start) -> tuple[Leg, dict[str, Any]]:
         """Find the round's subset minima in parallel and aggregate them, or read the aggregate back if it is done.
-
-        All that needs no choice is queued at once, the members of the next round too. They start as soon as what they
-        need is done: this round's aggregate, or with rounds.overlap their own minima of this round and the aggregate
-        before.
 
         Args:
             start: the start of the round: after the first, the aggregate that the last call returned.
 
         Returns:
             The aggregate's leg, without its members (which would keep all rounds in memory), and its record.
+
+        Raises:
+            SubsetFailed, ValueError: if too many members failed for good.
+            TimeoutError, CorruptFile: as ActorPool.results() does.
         """
         self._cut(round)
-        if round in self._queued:
-            members, _ = self._queued[round]
-        else:
-            members = self._drawing.members(round, start, self.members, last_start=self._last_start)
+        members, _ = self._queued.get(round) or (self._members(round, start, self.members, self._last_start), None)
         if (record := self._read(round)) is None:
             record = self._aggregate_round(pool, members, start)
         self._last_start = start
@@ -72,6 +77,9 @@ class Rounds:
         subset_ids = {minimum["subset_id"] for minimum in record["minima"]}
         self.members = _apart([member for member in members if member.subset in subset_ids])
         return self._drawing.aggregate(round, FRESH, ()), record
+
+    def _members(self, round: int, start: Start, last_members: Legs, last_start: Start | None) -> Legs:
+        return self._drawing.members(round, start, last_members, last_start=last_start)
 
     def _cut(self, round: int) -> tuple[Subset, ...]:
         """Return the subsets of a round, after writing their manifest."""
@@ -92,71 +100,92 @@ class Rounds:
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
         text = f"{which}{len(members)} × {size} examples, {members[0].epochs:.4g} epochs each"
         self._tell(stage_event("subsets", text, round))
-        stream = self._stream = self._stream or self._open_stream(pool, members)
+        if self._results is None:
+            self._open(pool, members)
         if round not in self._queued:
-            self._queue(stream, members, start)
-        self._check_starts(members)
+            self._queue(members, start)
         if not self._chooses and round + 1 < config.rounds.num and self._read(round + 1) is None:
             self._cut(round + 1)
             next_start = Start("warm", self._drawing.aggregate(round, FRESH, ()))
-            next_members = self._drawing.members(round + 1, next_start, _apart(members), last_start=start)
-            self._queue(stream, next_members, next_start)
-        members = self._find(stream, members)
+            self._queue(self._members(round + 1, next_start, _apart(members), start), next_start)
+        members = self._find(members)
         if parts := self._drawing.parts(members):
             text = f"{config.aggregation.savgm_fraction:g} of each of {len(members)} subsets once more"
             self._tell(stage_event("subsamples", text, round))
             if self._chooses:
-                self._add(stream, parts)
-            parts = self._find(stream, parts)
+                self._add(parts)
+            parts = self._find(parts)
             members = tuple(part.members[0] for part in parts)
         text = f"{config.aggregation.method} of {len(members)} minima"
         self._tell(stage_event("aggregation", text, round))
-        aggregate = self._queued.pop(round)[1] or self._add_aggregate(stream, members + parts, start)
-        ((_, record),) = stream.wait((aggregate,))
+        aggregate = self._queued.pop(round)[1] or self._add_aggregate(members + parts, start)
+        ((_, record),) = self._wait((aggregate,))
         if isinstance(record, Exception):
             raise record
-        return self._report(record)
+        self._report(record)
+        return record
 
-    def _open_stream(self, pool: ActorPool, members: Legs) -> Stream:
-        """Return a stream for these members and for later rounds, all of whose packs have the same size."""
-        config = self._config
+    def _open(self, pool: ActorPool, members: Legs) -> None:
+        """Begin to give these members and those of later rounds to the pool, in packs of one size."""
         self._per_actor = self._decisions.per_actor(pool, self._pieces(members))
         # actors read a start that is in storage themselves
-        weights = None if members[0].start.leg else seeded_model(config, self._full_set).state_dict()
+        weights = None if members[0].start.leg else seeded_model(self._config, self._full_set).state_dict()
         keeps_one = self._decisions.may_go_alone or self._chooses  # which aggregates
-        return Stream(pool, weights, keep=float(keeps_one))
+        self._results_of_backlog = partial(pool.results, self._backlog, weights, keep=float(keeps_one))
+        self._results = self._results_of_backlog()
 
-    def _queue(self, stream: Stream, members: Legs, start: Start) -> None:
+    def _queue(self, members: Legs, start: Start) -> None:
         """Queue a round: members, and all that needs no choice, their parts if there are any and the aggregate."""
         aggregate = None
-        self._add(stream, members)
+        self._add(members)
         if not self._chooses:
             if parts := self._drawing.parts(members):
-                self._add(stream, parts)
-            aggregate = self._add_aggregate(stream, members + parts, start)
+                self._add(parts)
+            aggregate = self._add_aggregate(members + parts, start)
         self._queued[members[0].round] = members, aggregate
 
-    def _add_aggregate(self, stream: Stream, members: Legs, start: Start) -> Leg:
+    def _add_aggregate(self, members: Legs, start: Start) -> Leg:
         aggregate = self._drawing.aggregate(members[0].round, start, members)
-        stream.add((aggregate,))
+        self._add_packs([Pack((aggregate.piece,))], (aggregate,))
         return aggregate
 
-    def _add(self, stream: Stream, legs: Legs) -> None:
+    def _add(self, legs: Legs) -> None:
         """Queue minimizations. Those whose minima are in storage are done."""
         pieces = self._pieces(legs)
         folders, packs = done_of(pieces), in_packs(pieces, self._per_actor)
-        missing = [tuple(piece for piece in pack.pieces if piece.folder not in folders) for pack in packs]
         self._stored |= {leg for leg in legs if leg.piece.folder in folders}
-        todo = [leg for leg in legs if leg not in self._stored]
-        later = (self._config.rounds.num - 1 - legs[0].round) * len(packs)
-        stream.add(todo, [Pack(some) for some in missing if some], num_later=later)
+        missing = [tuple(piece for piece in pack.pieces if piece.folder not in folders) for pack in packs]
+        self._backlog.num_in_later_rounds = (self._config.rounds.num - 1 - legs[0].round) * len(packs)
+        self._add_packs([Pack(some) for some in missing if some], legs)
 
-    def _find(self, stream: Stream, legs: Legs) -> Legs:
-        """Return the legs that have minima: all of them, or with a quorum at least that many.
+    def _add_packs(self, packs: Sequence[Pack], legs: Legs) -> None:
+        """Queue packs of these legs' pieces, each to be done once what its legs need is done."""
+        inputs = {name_of(leg.piece): [name_of(needed.piece) for needed in leg.inputs] for leg in legs}
+        needs = {
+            name_of(pack.pieces[0]): {name for piece in pack.pieces for name in inputs[name_of(piece)]}
+            for pack in packs
+        }
+        self._backlog.add(packs, needs)
 
-        Raises:
-            SubsetFailed, ValueError: if too many failed for good.
-        """
+    def _wait(self, legs: Sequence[Leg]) -> Iterator[tuple[Leg, Outcome]]:
+        """Yield these legs, which were queued, as they are done. Others that are done meanwhile are held until then."""
+        by_name = {name_of(leg.piece): leg for leg in legs}
+        for name in [name for name in self._held if name in by_name]:
+            yield by_name.pop(name), self._held.pop(name)
+        while by_name:
+            assert self._results
+            result = next(self._results, None)
+            if result is None:  # all was done before more was added
+                self._results = self._results_of_backlog()
+                result = next(self._results)
+            piece, outcome = result
+            if leg := by_name.pop(name_of(piece), None):
+                yield leg, outcome
+            else:
+                self._held[name_of(piece)] = outcome
+
+    def _find(self, legs: Legs) -> Legs:
+        """Return the legs that have minima: all of them, or with a quorum at least that many."""
         found = self._stored.intersection(legs)
         self._stored -= found
         if found and len(found) < len(legs):
@@ -164,7 +193,7 @@ class Rounds:
             subsets = tuple(leg.subset for leg in found if leg.subset is not None)
             self._tell(MinimaFound(text, legs[0].told_stage, legs[0].round, subsets))
         num_left, least = len(legs), self._config.actors.quorum or len(legs)
-        for leg, record in stream.wait([leg for leg in legs if leg not in found]):
+        for leg, record in self._wait([leg for leg in legs if leg not in found]):
             piece = leg.piece
             assert isinstance(piece, Piece)
             if isinstance(record, Exception):
@@ -210,54 +239,31 @@ class Rounds:
         for path in (minima_folder(round), subsamples_folder(round)):
             self._directory.delete(path)
 
-    def _pieces(self, legs: Sequence[Leg]) -> list[Piece]:
+    def _pieces(self, legs: Legs) -> list[Piece]:
         """Return the pieces of a round's minimizations, with their subsets."""
-        subsets, slots = self._subsets[legs[0].round], self._decisions.slots
-
-        def with_subset(leg: Leg) -> Piece:
+        subsets, slots, pieces = self._subsets[legs[0].round], self._decisions.slots, list[Piece]()
+        for leg in legs:
             assert isinstance(leg.piece, Piece)
             assert leg.subset is not None
             speed = slot_of(slots, leg.subset).speed if slots else None
-            return dataclasses.replace(leg.piece, indices=subsets[leg.subset].indices, node_speed=speed)
+            pieces.append(dataclasses.replace(leg.piece, indices=subsets[leg.subset].indices, node_speed=speed))
+        return pieces
 
-        return [with_subset(leg) for leg in legs]
-
-    def _check_starts(self, members: Legs) -> None:
-        """Check that the last round's optimizer states and minima exist from which unfinished members start.
-
-        Raises:
-            CorruptFile: if one is gone, or has another length.
-        """
-        pieces = [leg.piece for leg in members if isinstance(leg.piece, Piece)]
-        paths, round = [piece.optimizer[1] for piece in pieces if piece.optimizer], members[0].round
-        paths += [piece.moved.weights_path for piece in pieces if piece.moved]
-        if not paths or self._stored.issuperset(members):  # if all are done, the files may be deleted
-            return
-        aggregate = self._directory.read_json(aggregate_path(round - 1))
-        records = [aggregate, *aggregate["minima"]]
-        seals = {path: seal for record in records for path, seal in record["files"].items()}
-        self._directory.check_lengths({path: seals.get(path, "") for path in paths})
-
-    def _report(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Report an aggregate, and return its record."""
-        aggregation, round = record["aggregation"], record["round"]
+    def _report(self, record: dict[str, Any]) -> None:
+        aggregation, quality = record["aggregation"], self._full_set.quality
         subset_ids = [str(subset_id) for subset_id in aggregation["subset_ids"]]
         text = f"{aggregation['method']} of subsets {listed(subset_ids, most=16)}"
         if validation := aggregation["validation"]:
-            quality = self._full_set.quality
             best, ensemble = (quality.show(aggregation[name][quality.name]) for name in ("best_member", "ensemble"))
             barrier = "not finite" if aggregation["barrier"] is None else f"{aggregation['barrier']:+.4f}"
-            text += (
-                f": validation {metrics_in_words(validation, quality)}; best member {best}, ensemble {ensemble}, "
-                f"barrier {barrier}"
-            )
-        self._tell(AggregateDone(text, round, aggregation))
+            text += f": validation {metrics_in_words(validation, quality)}; best member {best}, ensemble {ensemble}, "
+            text += f"barrier {barrier}"
+        self._tell(AggregateDone(text, record["round"], aggregation))
         if of_first := aggregation["of_first"]:
             self._tell(Note(f"not averaged, but taken from the member of subset {subset_ids[0]}: {listed(of_first)}"))
         if not aggregation["shared_start"] and method_of(self._config.aggregation).needs.shared_start:
             text = "this mean is of minima that share no start, which aggregation.allow_independent permits"
             self._tell(Note(text, is_warning=True))
-        return record
 
     def _write_manifest(self, round: int, subsets: tuple[Subset, ...]) -> None:
         """Write which examples each subset has. If the manifest is there, compare it.
@@ -268,14 +274,12 @@ class Rounds:
         table, path = manifest(subsets, self._full_set), subsets_path(round)
         try:
             stored = self._directory.read_table(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, CorruptFile) as error:
+            if isinstance(error, CorruptFile):
+                logger.warning("%s; it is written again", error)
             self._directory.write_table(path, table, is_durable=False)
-        except CorruptFile as error:
-            logger.warning("%s; it is written again", error)
-            self._directory.write_table(path, table, is_durable=False)
-        else:
-            if stored.equals(table, check_metadata=True):
-                return
+            return
+        if not stored.equals(table, check_metadata=True):
             raise ValueError(
                 f"{path} in {self._directory.uri} names other examples than the data now give: the content of "
                 f"{self._config.data.name} has changed; choose another --name, or start over with --fresh"

@@ -1,22 +1,18 @@
 """Gather the numbers of a finished run from its ledger and records."""
 
-import math
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from raysubset.data import FullSet
-from raysubset.events import Event, OnEvent
 from raysubset.quality import quality_of
-from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory
 from raysubset.run_directory.ledger import (
     LOST,
     Stage,
@@ -92,68 +88,6 @@ class RunReport(Shown):
             device_s=record["cost"]["device_s"],
             record=record,
         )
-
-
-class Sessions:
-    """Sum the seconds of a run, sweep or comparison over all its drivers; time between drivers is not counted.
-
-    with Sessions(directory, lease, began=began) as sessions:      # writes this driver's seconds when the block ends
-        tell = sessions.checked(tell)
-
-    This driver's seconds are also written at events, every WRITE_S at most, so that little is lost if it is killed.
-    """
-
-    WRITE_S = 10.0
-
-    def __init__(self, directory: RunDirectory, lease: Lease, *, began: float) -> None:
-        """`began` is the time.perf_counter() at which this session began."""
-        self._directory, self._lease, self._began, self._written_at = directory, lease, began, -math.inf
-        earlier = directory.read_json_or_none(SESSIONS_PATH)
-        self._earlier: list[dict[str, float]] = earlier["sessions"] if earlier else []
-        self._session = {"started_at": time.time() - (time.perf_counter() - began), "startup_s": 0.0, "wall_s": 0.0}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self._lease.lost:
-            with suppress(OSError):  # it must not hide why the run ends
-                self.write()
-
-    def checked(self, tell: OnEvent) -> OnEvent:
-        """Return a `tell` that also writes a heartbeat, and raises RuntimeError once another driver has taken over."""
-
-        def checked_tell(event: Event) -> None:
-            if self._lease.lost:
-                raise RuntimeError(f"{self._lease.lost}; this driver stops")
-            self.heartbeat()
-            tell(event)
-
-        return checked_tell
-
-    def started_up(self) -> None:
-        """Note the seconds until the first stage begins."""
-        self._session["startup_s"] = time.perf_counter() - self._began
-
-    def heartbeat(self) -> None:
-        """Write this session's seconds, unless that was done within WRITE_S; failing storage does not end the run."""
-        if time.perf_counter() - self._written_at >= self.WRITE_S:
-            with suppress(OSError):  # the next heartbeat tries again
-                self.write()
-
-    def write(self) -> None:
-        self._written_at = time.perf_counter()
-        self._session["wall_s"] = self._written_at - self._began
-        self._directory.write_json(SESSIONS_PATH, {"sessions": [*self._earlier, self._session]})
-
-    def seconds(self) -> dict[str, Any]:
-        """Return the report's sums over the sessions, with this one up to its last writing."""
-        sessions = [*self._earlier, self._session]
-        return {
-            "startup": sum(session["startup_s"] for session in sessions),
-            "wall": sum(session["wall_s"] for session in sessions),
-            "num_sessions": len(sessions),
-        }
 
 
 def data_record(full_set: FullSet) -> dict[str, Any]:

@@ -8,20 +8,17 @@ report.test.accuracy, report.passes, report.critical_path_passes
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 
 from raysubset import uris
-from raysubset.cluster import connected, get_shared, num_slots, own_address, put_once, reached
-from raysubset.config import Config, Learned
-from raysubset.data import FullSet, load_full_set, refuse_changed_files
-from raysubset.errors import first_line
-from raysubset.events import EpochDone, Event, Note, OnEvent, Planned, Progress, Stage, Waiting, stage_event
+from raysubset.cluster import get_shared, num_slots, own_address, put_once
+from raysubset.config import Config
+from raysubset.data import refuse_changed_files
+from raysubset.events import EpochDone, Event, Note, OnEvent, Planned, Progress, Waiting, stage_event
 from raysubset.fine_tuning import refuse_old_ray_train
 from raysubset.legs import FRESH, Leg, Start
 from raysubset.models import architecture
@@ -31,26 +28,23 @@ from raysubset.pipeline.node_speeds import fastest_nodes, in_words, speed_of_nod
 from raysubset.pipeline.rounds import Rounds
 from raysubset.pipeline.run_report import (
     RunReport,
-    Sessions,
     cost_record,
     data_record,
     done_work,
-    environment,
     task_record,
 )
+from raysubset.pipeline.session import Command
 from raysubset.planning import Plan, actor_bytes, make_plan, planned_steps
 from raysubset.planning.idle_settings import idle_settings
-from raysubset.quality import Quality, metrics_in_words
+from raysubset.quality import metrics_in_words
 from raysubset.run_directory import (
     ENVIRONMENT_PATH,
     REPORT_PATH,
     RESULT_PATH,
     TRACES_FOLDER,
     CorruptFile,
-    Lease,
     RunDirectory,
     Seal,
-    StorageLost,
     history_path,
     minimum_path,
     weights_path,
@@ -58,13 +52,12 @@ from raysubset.run_directory import (
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import ActorPool, Pack, minimum_done
 from raysubset.tasks import NextToken
-from raysubset.tracking import refuse_missing, track_finished, tracked
+from raysubset.tracking import track_finished, tracked
 from raysubset.trained_model import ModelRecord, leave_samples, save_model
 from raysubset.training import Weights
-from raysubset.user_code.functions import refuse_import
 from raysubset.user_code.given import is_given
 from raysubset.work import Output, Piece, Run, TestPiece, leave_test
-from raysubset.work.identity import identify, known_fingerprint, places_notes
+from raysubset.work.identity import places_notes
 
 
 @accepts_objects
@@ -103,43 +96,27 @@ def run(
         ValueError: the user's mistake, with the way out.
         SubsetFailed, FineTuningFailed: if work failed more often than actors.max_attempts allows.
     """
-    began = time.perf_counter()
-    refuse_import("run()")
-    refuse_missing(config.tracking)
     refuse_old_ray_train()
-    tell: OnEvent = on_event or (lambda event: None)
-    directory = RunDirectory(config.storage_path, config.run_name())
+    command = Command("run", config, on_event, fresh=fresh, accept_changed_code=accept_changed_code)
+    directory, tell = command.directory, command.tell
     full_sets = {} if full_set_ref is None else {config.learned: get_shared(full_set_ref)}
-    record = None if fresh else _finished(directory, config, full_sets, accept_changed_code)
-    if record is not None:
-        tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
+    # None also if something that it names is damaged or missing, with a warning
+    if command.has_report(REPORT_PATH) and (record := directory.read_record(REPORT_PATH, whole=True)) is not None:
+        command.tell_finished([config], full_sets)
         track_finished(config, directory, tell)
         return RunReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     # mistakes in the data are reported before Ray starts
-    known = None if fresh else directory.read_identity()
     tell(Waiting(f"reading {uris.shown(config.data.name)}"))
-    if config.learned not in full_sets:
-        full_sets[config.learned] = load_full_set(*config.learned, known=known_fingerprint(known, config))
-    full_set, identity = full_sets[config.learned], identify([config], full_sets, known)
+    identity = command.load([config], full_sets)
+    full_set = full_sets[config.learned]
     tell(Waiting("planning, with one trial step of training"))
     plan = make_plan(config, full_set)
     for note in (*places_notes(identity), *full_set.advice, *idle_settings(config), *plan.advice):
         tell(note)
-    directory.check_writable()
-    with ExitStack() as stack:
-        stack.enter_context(reached(config.cluster, tell))
-        refuse_what_has_no_place(config, None if fresh else directory)
-        lease = stack.enter_context(Lease(directory))
-        shown = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
-        resumed = directory.open(
-            shown.to_dict(), environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code
-        )
-        tell(Stage(f"{'resuming' if resumed else 'run'} {directory.uri}"))
-        if resumed:
-            Ledger(directory).close_lost()
-        sessions = stack.enter_context(Sessions(directory, lease, began=began))
-        tell_trackers_too = stack.enter_context(tracked(config, directory, tell, quality=full_set.quality))
-        stack.enter_context(connected(config.cluster, tell))
+    with (
+        command.opened(identity, partial(refuse_what_has_no_place, config)) as sessions,
+        tracked(config, directory, tell, quality=full_set.quality) as tell_trackers_too,
+    ):
         tell_checked = sessions.checked(tell_trackers_too)
         stages = _Stages(Run(config, directory, full_set, full_set_ref or put_once(full_set), tell_checked), plan)
         tell(stages.planned())
@@ -157,30 +134,6 @@ def run(
     return RunReport.from_dict(record)
 
 
-def _finished(
-    directory: RunDirectory, config: Config, full_sets: dict[Learned, FullSet], accept_changed_code: bool
-) -> dict[str, Any] | None:
-    """Return the report of a finished run of this config, or None.
-
-    None means that there is no report, that it or a file it names is damaged or missing (with a warning), or that its
-    config differs, which opening the run refuses.
-
-    Raises:
-        ValueError: if the run was of other data or code.
-    """
-    try:
-        has_report = directory.exists(REPORT_PATH)
-    except StorageLost:
-        raise
-    except OSError as error:
-        raise ValueError(f"cannot read {directory.uri}: {first_line(error)}; choose another --storage-path") from error
-    if not has_report or directory.differs(config.to_dict()):
-        return None
-    identity = identify([config], full_sets, directory.read_identity())
-    directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
-    return directory.read_record(REPORT_PATH, whole=True)
-
-
 class _Stages:
     """Does the stages of one run. Each stage reads back what is done and does what is missing."""
 
@@ -188,7 +141,8 @@ class _Stages:
         self._run, self._plan = run, plan
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
         self._decisions = Decisions(run, plan)
-        self._epochs: _Epochs | None = None  # of the stage that Ray Train does
+        self._by_train = ""  # the stage that Ray Train does now
+        self._num_epochs = 0  # of it, that were reported or there before
 
     def run(self) -> dict[str, Any]:
         """Do all stages and return the report's record.
@@ -278,12 +232,13 @@ class _Stages:
         self._tell(stage_event(stage, f"{leg.epochs:g} epochs on {what}"))
         refuse_changed_files(full_set)
         if (record := piece.record()) is None:
-            self._epochs = _Epochs(piece, full_set.quality, self._tell) if piece.by_train else None
+            if piece.by_train:
+                self._by_train, self._num_epochs = stage, len(self._epochs_of(stage))
             # actors that minimize stay for the subsets
             ((_, record),) = pool.run([Pack((piece,))], None, keep=0 if piece.by_train else math.inf)
-            if self._epochs:
-                self._epochs.tell_new()
-                self._epochs = None
+            self._by_train = ""
+            if piece.by_train:
+                self._tell_epochs(stage)
             else:
                 self._tell(minimum_done(piece, record, full_set.quality, "1 of 1"))
         return Start("warm", leg), record
@@ -308,13 +263,8 @@ class _Stages:
             "decisions": self._decisions.to_dict(),
             "task": task_record(full_set),
             "data": data_record(full_set),
-            "model": {
-                "name": architecture(config.model, full_set.spec).name,
-                "num_parameters": plan.num_parameters,
-                "num_bytes": plan.num_bytes,
-                "forward_share": plan.forward_share,
-            },
-            "overdetermination_ratio": {"full_set": plan.full_set_ratio, "subsets": list(plan.subset_ratios)},
+            "model": {"name": architecture(config.model, full_set.spec).name, **plan.network},
+            "overdetermination_ratio": plan.ratios,
             "advice": [note.to_dict() for note in plan.advice],
             "planned_passes": plan.passes,
             "stages": stages,
@@ -375,12 +325,8 @@ class _Stages:
 
     def _plan_by_speed(self) -> Plan:
         """Return the plan with subsets sized by the nodes' speed, which is measured once and then kept."""
-        config, num_subsets = self._config, len(self._plan.subsets)
-        if not self._decisions.slots:
-            text = f"sizes of {num_subsets} subsets by the speed of the nodes, {config.subsets.shares}"
-            self._tell(stage_event("measuring", text))
-            self._decisions.decide_sizes(self._plan)
-        plan = make_plan(config, self._full_set, shares=self._decisions.shares)
+        self._decisions.decide_sizes()
+        plan = make_plan(self._config, self._full_set, shares=self._decisions.shares)
         sizes = [len(subset.indices) for subset in plan.subsets]
         plan = dataclasses.replace(plan, advice=(*plan.advice, Note(in_words(self._decisions.slots, sizes))))
         for note in plan.advice:
@@ -401,29 +347,21 @@ class _Stages:
     def _hear(self, event: Event) -> None:
         """Pass on an event of the pool, and report new epochs of a stage that Ray Train does."""
         self._tell(event)
-        if self._epochs and isinstance(event, Progress) and not event.worker:
-            self._epochs.tell_new()
+        if self._by_train and isinstance(event, Progress) and not event.worker:
+            self._tell_epochs(self._by_train)
 
-
-class _Epochs:
-    """Reports each epoch of a stage once; epochs that were there before are not reported."""
-
-    def __init__(self, piece: Piece, quality: Quality, tell: OnEvent) -> None:
-        self._piece, self._quality, self._tell = piece, quality, tell
-        self._num = len(self._history())
-
-    def tell_new(self) -> None:
-        """Report the epochs that were added since the last call."""
-        stage = self._piece.stage
+    def _tell_epochs(self, stage: str) -> None:
+        """Report each epoch that Ray Train has added to the stage's history since the last call."""
         try:
-            entries = self._history()
+            entries = self._epochs_of(stage)
         except OSError:  # the storage may answer the next time
             return
-        for entry in entries[self._num :]:
-            self._num += 1
+        for entry in entries[self._num_epochs :]:
+            self._num_epochs += 1
             loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
             text = f"{stage}: epoch {entry['epoch']:g}, loss {loss}, validation "
-            self._tell(EpochDone(text + metrics_in_words(entry["validation"], self._quality), stage, entry))
+            text += metrics_in_words(entry["validation"], self._full_set.quality)
+            self._tell(EpochDone(text, stage, entry))
 
-    def _history(self) -> list[dict[str, Any]]:
-        return self._piece.directory.read_json_or_none(history_path(self._piece.stage)) or []
+    def _epochs_of(self, stage: str) -> list[dict[str, Any]]:
+        return self._directory.read_json_or_none(history_path(stage)) or []

@@ -51,6 +51,16 @@ class Plan:
         """Return what draws the legs of a config that this plan is for."""
         return Drawing(config, place, [len(subset.indices) for subset in self.subsets], self.statistics, **more)
 
+    @property
+    def network(self) -> dict[str, float]:
+        """What reports say of the network."""
+        return {name: getattr(self, name) for name in ("num_parameters", "num_bytes", "forward_share")}
+
+    @property
+    def ratios(self) -> dict[str, Any]:
+        """What reports say of Q."""
+        return {"full_set": self.full_set_ratio, "subsets": list(self.subset_ratios)}
+
 
 def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | None = None) -> Plan:
     """Cut the first round's subsets, of equal size or in proportion to the shares, and say what to expect of them.

@@ -353,8 +353,8 @@ class RunDirectory:
             RECENT.keep(self.uri, path, sink.seal(), content)
 
     def read_checkpoint(self, path: str) -> dict[str, Any]:
-        """load_checkpoint() from a file. Raise FileNotFoundError if it is missing, CorruptFile if it is damaged."""
-        with self._content(path) as data, self._corrupt(path, ValueError):
+        """load_checkpoint() from a file. Raise CorruptFile if it is missing or damaged."""
+        with self._corrupt(path, ValueError, FileNotFoundError), self._content(path) as data:
             count_bytes(len(data))
             return load_checkpoint(data)
 

@@ -1,14 +1,13 @@
 """sweep() plans the trials, runs them by Ray Tune, and gathers their results."""
 
 import contextlib
-import dataclasses
 import logging
 import math
 import os
-import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -22,19 +21,20 @@ import ray
 from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from raysubset.cluster import connected, num_gpus_of, num_slots, put_once, reached, workplace
+from raysubset.cluster import num_gpus_of, num_slots, put_once, workplace
 from raysubset.config import ActorsConfig, Config, Learned, check_number
-from raysubset.data import FullSet, load_full_set
+from raysubset.data import FullSet
 from raysubset.errors import one_line
 from raysubset.events import Note, OnEvent, Stage, TrialReport, Waiting
 from raysubset.legs import Leg, LegRunner
 from raysubset.objects_in_hand import accepts_objects
 from raysubset.pipeline.decisions import refuse_what_has_no_place
-from raysubset.pipeline.run_report import Sessions, environment, task_record
+from raysubset.pipeline.run_report import task_record
+from raysubset.pipeline.session import Command
 from raysubset.planning import Plan, make_plan
 from raysubset.quality import Quality
-from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, Lease, RunDirectory
-from raysubset.run_directory.ledger import Ledger, Work, total_cost
+from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory
+from raysubset.run_directory.ledger import Work, total_cost
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
 from raysubset.sweeping.records import (
     Record,
@@ -46,11 +46,10 @@ from raysubset.sweeping.records import (
 )
 from raysubset.sweeping.standing import TrialsStanding
 from raysubset.sweeping.trials import Task, run_trial
-from raysubset.tracking import refuse_missing
-from raysubset.user_code.functions import refuse_import
+from raysubset.training import Cost
 from raysubset.user_code.source_files import at
 from raysubset.work import Run
-from raysubset.work.identity import identify, known_fingerprint, places_notes
+from raysubset.work.identity import places_notes
 
 # A trial only waits for its actors and workers, so it takes no resources that they need. It stays on the head, which is
 # the last node to go
@@ -101,60 +100,44 @@ def sweep(
     Raises:
         ValueError: for the user's mistakes, with the way out.
     """
-    start_s = time.perf_counter()
-    refuse_import("sweep()")
-    tell: OnEvent = on_event or (lambda event: None)
-    name = config.name or f"{config.run_name()}-sweep"
-    directory = RunDirectory(config.storage_path, name)
-    refuse_missing(config.tracking)
-    config = config.with_overrides({"tracking.group": config.tracking.group or name})
+    command = Command("sweep", config, on_event, fresh=fresh, accept_changed_code=accept_changed_code)
+    directory, tell = command.directory, command.tell
+    config = command.config = config.with_overrides({"tracking.group": config.tracking.group or directory.name})
     if isinstance(seeds, int):
         check_number("--seeds", seeds, "[1, 1000]")
-    seeds = range(config.seed, config.seed + seeds) if isinstance(seeds, int) else list(seeds)
-    storage_path = directory.below("trials")
-    trials = plan_trials(
-        config, space, seeds=seeds, num_samples=num_samples, storage_path=storage_path, baseline=baseline
-    )
-    shown_config = dataclasses.replace(config, storage_path=directory.shown_storage_path)  # no credentials
-    header = shown_config.to_dict() | {"kind": "sweep"}  # so that no run takes the directory for its own
-    old_identity = None if fresh else directory.read_identity()
+        seeds = range(config.seed, config.seed + seeds)
+    places = {"storage_path": directory.below("trials"), "baseline": baseline}
+    trials = plan_trials(config, space, seeds=seeds, num_samples=num_samples, **places)
+    configs = [trial.config for trial in trials]
     full_sets: dict[Learned, FullSet] = {}
-    if not fresh and (record := _finished(directory, header, trials)) is not None:
-        identity = identify((trial.config for trial in trials), full_sets, old_identity)
-        directory.refuse_changed(identity, accept_changed_code=accept_changed_code)
-        tell(Note(f"{directory.uri} is finished: this is its report (--fresh starts over)"))
+    if command.has_report(SWEEP_PATH) and (record := _finished(directory, trials)) is not None:
+        command.tell_finished(configs, full_sets)
         return SweepReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     tell(Waiting("reading the data, and planning each setting"))
-    for each in {trial.config.learned: trial.config for trial in trials}.values():
-        full_sets[each.learned] = load_full_set(*each.learned, known=known_fingerprint(old_identity, each))
+    identity = command.load(configs, full_sets)
     if losses := _different_losses(full_sets.values()):
         if scheduler is not None:
             raise ValueError(f"{losses}, by which a scheduler stops trials: leave --prune out, or sweep over one loss")
         tell(Note(losses, is_warning=True))
-    identity = identify((trial.config for trial in trials), full_sets, old_identity)
     for note in places_notes(identity):
         tell(note)
-    settings = {trial.name: trial.config.with_overrides({"seed": 0, "name": None}) for trial in trials}
-    # make_plan() refuses settings that no trial can run
-    plan_of = {setting: make_plan(setting, full_sets[setting.learned]) for setting in dict.fromkeys(settings.values())}
-    plans = {name: plan_of[setting] for name, setting in settings.items()}
-    directory.check_writable()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(reached(config.cluster, tell))
-        for trial in trials:
-            run = RunDirectory(trial.config.storage_path, trial.name)
-            if fresh or not run.exists(REPORT_PATH):
-                refuse_what_has_no_place(trial.config, None if fresh else run)
-        lease = stack.enter_context(Lease(directory))
-        resumed = directory.open(header, environment(), identity, fresh=fresh, accept_changed_code=accept_changed_code)
-        sessions = stack.enter_context(Sessions(directory, lease, began=start_s))
+
+    @cache
+    def plan_of(setting: Config) -> Plan:
+        return make_plan(setting, full_sets[setting.learned])  # refuses settings that no trial can run
+
+    plans = {trial.name: plan_of(trial.config.with_overrides({"seed": 0, "name": None})) for trial in trials}
+
+    def passes(trial: Trial, cost: Cost) -> float:
+        return cost.passes(len(full_sets[trial.config.learned].train), plans[trial.name].forward_share)
+
+    with command.opened(identity, partial(_refuse_no_place, trials)) as sessions:
         tell = sessions.checked(tell)
-        tell(Stage(f"{'resuming' if resumed else 'sweep'} {directory.uri}, {len(trials)} trials"))
-        stack.enter_context(connected(config.cluster, tell))
         sessions.started_up()
         full_set_refs = {learned: put_once(full_set) for learned, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
-        tell(Note(f"{at_once} trials at once, of at most {slots_each} actor(s) or worker(s) each"))
+        text = f"{at_once} of {len(trials)} trials at once, of at most {slots_each} actor(s) or worker(s) each"
+        tell(Note(text))
         trunks = _run_trunks(trials, full_sets, full_set_refs, directory, tell)
         tasks = {}
         for trial in trials:  # with no more actors at a time than a trial has places: the field shapes no result
@@ -168,32 +151,33 @@ def sweep(
             )
         tell(Waiting("Ray Tune starts"))
         quality = full_sets[trials[0].config.learned].quality
-        found = {}
-        for trial in trials:
-            num_train, share = len(full_sets[trial.config.learned].train), plans[trial.name].forward_share
-            found[trial.name] = total_cost(_works(trial)).passes(num_train, share)
+        found = {trial.name: passes(trial, total_cost(trial.works())) for trial in trials}
         standing = TrialsStanding(quality, {name: plan.passes for name, plan in plans.items()}, found)
         callback = _TrialEvents(tell, standing)
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, callback=callback)
-        gathered, cost = _gather(trials, space, errors, quality, losses), _total_cost(trials, full_sets, plans)
+        record = {
+            "kind": "sweep",
+            "name": directory.name,
+            "uri": directory.uri,
+            "config": command.shown_config,
+            "task": task_record(full_sets[trials[0].config.learned]),
+            "seeds": list(seeds),
+            **_gather(trials, space, errors, quality, losses),
+            "cost": _total_cost(trials, passes),
+            "at_once": {"trials": at_once, "slots_each": slots_each},
+        }
         sessions.write()
-        directory.write_json(
-            SWEEP_PATH,
-            {
-                "kind": "sweep",
-                "name": directory.name,
-                "uri": directory.uri,
-                "config": shown_config.to_dict(),
-                "task": task_record(full_sets[trials[0].config.learned]),
-                "seeds": list(seeds),
-                **gathered,
-                "cost": cost,
-                "at_once": {"trials": at_once, "slots_each": slots_each},
-                "seconds": sessions.seconds(),
-            },
-        )
+        directory.write_json(SWEEP_PATH, record | {"seconds": sessions.seconds()})
     tell(Note(f"report: {directory.uri}"))
     return SweepReport.from_dict(directory.read_json(SWEEP_PATH))
+
+
+def _refuse_no_place(trials: Sequence[Trial], directory: RunDirectory | None) -> None:
+    for trial in trials:
+        if directory is None:
+            refuse_what_has_no_place(trial.config, None)
+        elif not trial.directory.exists(REPORT_PATH):
+            refuse_what_has_no_place(trial.config, trial.directory)
 
 
 def _different_losses(full_sets: Collection[FullSet]) -> str:
@@ -213,20 +197,18 @@ def _different_losses(full_sets: Collection[FullSet]) -> str:
     return text if len(losses) > 1 else ""
 
 
-def _finished(directory: RunDirectory, header: Record, trials: Sequence[Trial]) -> Record | None:
-    """Return the report of a finished sweep of these trials; None if there is none or work is left.
+def _finished(directory: RunDirectory, trials: Sequence[Trial]) -> Record | None:
+    """Return the report of a finished sweep of these trials; None if work is left.
 
     Work is left if a trial failed, or if something of a trial is damaged or missing (with a warning).
     """
-    if not directory.exists(SWEEP_PATH) or directory.differs(header):
-        return None
     record = directory.read_json_or_none(SWEEP_PATH)
-    if record is None or {trial["name"] for trial in record["trials"]} != {trial.name for trial in trials}:
+    states = {trial["name"]: trial["state"] for trial in record["trials"]} if record else {}
+    if states.keys() != {trial.name for trial in trials}:
         return None
-    runs = {trial.name: RunDirectory(trial.config.storage_path, trial.name) for trial in trials}
-    for trial in record["trials"]:
-        is_done = trial["state"] == "done" and runs[trial["name"]].read_record(REPORT_PATH, whole=True) is not None
-        if not is_done and trial["state"] != "pruned":
+    for trial in trials:
+        is_done = states[trial.name] == "done" and trial.directory.read_record(REPORT_PATH, whole=True) is not None
+        if not is_done and states[trial.name] != "pruned":
             return None
     return record
 
@@ -257,8 +239,8 @@ def _run_trunks(
     failed: set[Leg] = set()
     for (learned, actors), legs in groups.items():
         run = Run(legs[0].config, directory, full_sets[learned], full_set_refs[learned], tell)
-        runner = LegRunner(run, num_gpus=num_gpus_of(actors, tell), then="each of its trials runs its own")
-        runner.run(legs)
+        with LegRunner(run, num_gpus=num_gpus_of(actors, tell), then="each of its trials runs its own") as runner:
+            runner.run(legs)
         failed |= runner.failed.keys()
     return {name: leg.directory for name, leg in shared.items() if leg not in failed}
 
@@ -362,22 +344,17 @@ def _gather(
 
     `losses` is what _different_losses() returns: if they differ there is no recommendation.
     """
-    records = []
+    records: list[Record] = []
     for trial in trials:
-        run = RunDirectory(trial.config.storage_path, trial.name)
-        record: Record = {"name": trial.name, "uri": run.uri, "overrides": dict(trial.overrides), "seed": trial.seed}
-        report = run.read_json_or_none(REPORT_PATH) if run.exists(REPORT_PATH) else None
-        if report is not None:
+        record: Record = {"name": trial.name, "uri": trial.directory.uri}
+        record |= {"overrides": dict(trial.overrides), "seed": trial.seed, "state": "pruned"}
+        if (report := trial.directory.read_json_or_none(REPORT_PATH)) is not None:
             record |= {"state": "done", **trial_measures(report)}
         elif trial.name in errors:
             record |= {"state": "failed", "error": errors[trial.name]}
-        else:
-            record |= {"state": "pruned"}
         records.append(record)
-    swept, conventional = (
-        [record for record, trial in zip(records, trials, strict=True) if trial.is_baseline is is_wanted]
-        for is_wanted in (False, True)
-    )
+    swept = [record for record, trial in zip(records, trials, strict=True) if not trial.is_baseline]
+    conventional = [record for record in records if record not in swept]
     settings = settings_of(swept, quality)
     return {
         "space": {key: list(dict.fromkeys(trial["overrides"][key] for trial in swept)) for key in space},
@@ -389,19 +366,13 @@ def _gather(
     }
 
 
-def _works(trial: Trial) -> list[Work]:
-    return Ledger(RunDirectory(trial.config.storage_path, trial.name)).read()
-
-
-def _total_cost(trials: Sequence[Trial], full_sets: Mapping[Learned, FullSet], plans: Mapping[str, Plan]) -> Record:
+def _total_cost(trials: Sequence[Trial], passes: Callable[[Trial, Cost], float]) -> Record:
     """Return the cost of all trials, with pruned and failed ones. A shared trunk, in several ledgers, counts once."""
-    passes, device_s = 0.0, 0.0
-    counted_trunks = set()
+    sums, counted_trunks = {"passes": 0.0, "device_s": 0.0}, set[Work]()
     for trial in trials:
-        works = _works(trial)
-        uncounted_works = [work for work in works if work not in counted_trunks]
+        works = trial.works()
+        cost = total_cost([work for work in works if work not in counted_trunks])
         counted_trunks |= {work for work in works if work.stage == "trunk"}
-        cost = total_cost(uncounted_works)
-        passes += cost.passes(len(full_sets[trial.config.learned].train), plans[trial.name].forward_share)
-        device_s += cost.device_s
-    return {"passes": passes, "device_s": device_s}
+        sums["passes"] += passes(trial, cost)
+        sums["device_s"] += cost.device_s
+    return sums

@@ -1,15 +1,17 @@
 """The plan of a sweep: its trials and their names, the trunks they share, and how many run at once."""
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from raysubset.config import Config, FineTuningConfig, MinimizeConfig, derive_seed
+from raysubset.config import Config, MinimizeConfig, derive_seed
 from raysubset.legs import Drawing, Leg
 from raysubset.planning import workers_of_stages
+from raysubset.run_directory import RunDirectory
+from raysubset.run_directory.ledger import Ledger, Work
 
 CONVENTIONAL = "conventional"  # the method of a sweep's baseline
 _OWN = ("name", "storage_path", "seed", "method", "cluster.")  # fields of the sweep as a whole
@@ -23,6 +25,14 @@ class Trial:
     overrides: Mapping[str, Any]  # by dotted name, without the seed
     seed: int
     config: Config
+
+    @cached_property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(self.config.storage_path, self.name)
+
+    def works(self) -> list[Work]:
+        """Return the entries of its ledger."""
+        return Ledger(self.directory).read()
 
     @property
     def is_baseline(self) -> bool:
@@ -124,27 +134,10 @@ def _name(values: Mapping[str, Any]) -> str:
 
 def trunk_leg(config: Config, legs_path: str) -> Leg:
     """Return the trunk of a config as a leg. Legs are equal if all that a trunk depends on is equal."""
-    default = MinimizeConfig()
-    recipe = dataclasses.replace(
-        config.minimize,
-        epochs=default.epochs,
-        schedule=default.schedule,
-        tolerance=None,
-        target_loss=None,
-        learning_rate=config.stage("trunk").learning_rate,
-    )
-    trunk_config = Config(
-        seed=config.seed,
-        data=config.data,
-        task=config.task,
-        model=config.model,
-        minimize=recipe,
-        trunk=dataclasses.replace(config.trunk, learning_rate=None),
-        fine_tuning=FineTuningConfig(num_workers=1, sync_batch_norm=config.fine_tuning.sync_batch_norm),
-        actors=dataclasses.replace(config.actors, quorum=None, max_num=None),
-        cluster=config.cluster,
-    )
-    return Drawing(trunk_config, legs_path).trunk()
+    unused = {f"minimize.{name}": getattr(MinimizeConfig(), name) for name in ("schedule", "tolerance", "target_loss")}
+    rates = {"minimize.learning_rate": config.stage("trunk").learning_rate, "trunk.learning_rate": None}
+    room = {"actors.quorum": None, "actors.max_num": None}
+    return Drawing(config.with_overrides({**unused, **rates, **room}), legs_path).trunk()
 
 
 def shared_trunks(trials: Sequence[Trial], legs_path: str) -> dict[str, Leg]:
