@@ -64,8 +64,9 @@ def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path) -> 
     The baseline has 2 of BITS, or 0.5 of R2, at one pass, and gets a tenth better each time passes double. Seeds differ
     by thousandths, in both alike.
     """
-    plan: Any = SimpleNamespace(num_parameters=10, num_bytes=40, forward_share=1 / 3, subset_ratios=(2.0,))
-    plan.full_set_ratio, plan.subsets = 8.0, (None,)
+    sizes: dict[str, Any] = {"num_parameters": 10, "num_bytes": 40, "forward_share": 1 / 3}
+    plan: Any = SimpleNamespace(network=sizes, subset_ratios=(2.0,), full_set_ratio=8.0, subsets=(None,), **sizes)
+    plan.ratios = {"full_set": 8.0, "subsets": [2.0]}
     full_set: Any = SimpleNamespace(train=range(NUM_TRAIN), quality=quality)
     full_set.task = SimpleNamespace(name="a task", loss_name="a loss")
     begin, step = (2.0, -0.1) if quality == BITS else (0.5, 0.1)

@@ -22,15 +22,6 @@ TITLES: dict[str, str] = {
     "H": "trunk, then aggregate of disjoint minima, then fine-tuning",
     "I": "data-parallel training",
 }
-ROLES: dict[str, Role] = {
-    **dict.fromkeys(TITLES, "control"),
-    "A": "baseline",
-    "B": "baseline",
-    "D": "candidate",
-    "E": "candidate",
-    "G": "candidate",
-    "H": "candidate",
-}
 ALL_ARMS = (*TITLES, "H:rounds.num=4")
 
 LONG = 2.0  # A's budget, as a multiple of the largest of the others
@@ -58,7 +49,9 @@ class Arm:
     @property
     def role(self) -> Role:
         """The arm's role. A baseline with overrides is a control, such as a sister method."""
-        return "control" if self.letter in "AB" and self.overrides else ROLES[self.letter]
+        if self.letter in "AB" and not self.overrides:
+            return "baseline"
+        return "candidate" if self.letter in "DEGH" else "control"
 
 
 def parse_arm(key: str) -> Arm:

@@ -1,6 +1,6 @@
 """What a comparison may be asked for: arms that fit the config, numbers in range, and a margin of non-inferiority."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from raysubset.comparison.arms import ALL_ARMS, Arm, Settings, arm_config, parse_arm
 from raysubset.config import Config, check_number
@@ -12,7 +12,7 @@ MARGINS = {"mnist": 0.001, "fashion_mnist": 0.001, "cifar10": 0.005, "cifar100":
 MARGIN = 0.005  # of non-inferiority, in accuracy, for other data; for other qualities the task has a margin, or none
 
 COMMON = ("name", "storage_path", "seed", "method", "data", "task", "model", "cluster", "tracking")  # same for all arms
-OF_SUBSETS = ("D", "E", "F", "G", "H")  # arms with a stage of subsets
+OF_SUBSETS = "DEFGH"  # arms with a stage of subsets
 
 
 def checked_arms(
@@ -40,9 +40,9 @@ def checked_arms(
         raise ValueError(f"a comparison has arms of both methods: leave out --method {config.method}")
     for budget in budgets:
         check_number("--budgets", budget, "(-∞, ∞)")
-    if not budgets or min(budgets) < 1:
-        least = f"{min(budgets):g} passes" if budgets else "no budget"
-        raise ValueError(f"--budgets: {least} is too small for one epoch of conventional training: give at least 1")
+    if (least := min(budgets, default=0.0)) < 1:
+        text = f"--budgets: {least:g} passes is too small for one epoch of conventional training"
+        raise ValueError(f"{text}: give at least 1")
     for rate in learning_rates:
         check_number("--learning-rates", rate, "(0, ∞)")
         config.with_overrides({"minimize.learning_rate": rate})  # refuses a rate that the optimizer cannot use
@@ -93,42 +93,38 @@ def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> 
         ValueError: with the arm.
     """
     try:
-        _refuse_unused_settings(arm, config)
+        settings = config.with_overrides(dict(arm.overrides))
+        refuse_fresh_weights(settings.with_overrides({"fine_tuning.start": arm.start}))
+        for flaw in _unused_settings(arm, settings):
+            raise ValueError(flaw)
         for rate in learning_rates:
             arm_config(arm, config, Settings(rate, config.minimize.batch_size), seed=config.seed, num_workers=1)
     except ValueError as error:
         raise ValueError(f"arm {arm.key}: {error}") from error
 
 
-def _refuse_unused_settings(arm: Arm, config: Config) -> None:
-    """Refuse settings that the arm would ignore, before anything runs.
-
-    Raises:
-        ValueError: for such settings, and for overrides that name no field.
-    """
-    arm_settings = config.with_overrides(dict(arm.overrides))
+def _unused_settings(arm: Arm, settings: Config) -> Iterator[str]:
+    """Yield why the arm would ignore settings of its config, each with the way out."""
     for name in arm.overrides:
         if name.partition(".")[0] in COMMON:
-            raise ValueError(f"{name} is the same for all arms: set it for the whole comparison")
-    refuse_fresh_weights(arm_settings.with_overrides({"fine_tuning.start": arm.start}))
-    if loop := arm_settings.minimize.whole_loop:
-        reasons = {"C": "sees a share of the examples in each epoch", "I": "is shared by several workers"}
-        if arm.letter in reasons:
-            text = f"it {reasons[arm.letter]}, and {loop} takes all examples in one process"
-            raise ValueError(f"{text}: leave it out of --arms, or use sgd, adam or adamw")
-        if arm_settings.data.streamed and arm.letter not in OF_SUBSETS:
+            yield f"{name} is the same for all arms: set it for the whole comparison"
+    has_subsets = arm.letter in OF_SUBSETS
+    if loop := settings.minimize.whole_loop:
+        if arm.letter in "CI":
+            reason = (
+                "sees a share of the examples in each epoch" if arm.letter == "C" else "is shared by several workers"
+            )
+            text = f"it {reason}, and {loop} takes all examples in one process"
+            yield f"{text}: leave it out of --arms, or use sgd, adam or adamw"
+        if settings.data.streamed and not has_subsets:
             text = (
                 f"it trains on the full set, which data.streamed does not hold, and {loop} has all examples in memory"
             )
-            raise ValueError(f"{text}: use sgd, adam or adamw, or leave --data.streamed out")
-    if arm.letter not in OF_SUBSETS:
-        return
-    for is_set, name, words in (
-        (arm_settings.subsets.shares != "equal", "subsets.shares", "its subset sizes would depend on the nodes there"),
-        (arm_settings.actors.quorum is not None, "actors.quorum", "its minima would be those that come first"),
-    ):
-        if is_set:
-            raise ValueError(f"{words}, which no other run repeats: leave out {name}")
+            yield f"{text}: use sgd, adam or adamw, or leave --data.streamed out"
+    if has_subsets and settings.subsets.shares != "equal":
+        yield "its subset sizes would depend on the nodes there, which no other run repeats: leave out subsets.shares"
+    if has_subsets and settings.actors.quorum is not None:
+        yield "its minima would be those that come first, which no other run repeats: leave out actors.quorum"
 
 
 def checked_margin(margin: float | None, quality: Quality, data_name: str) -> float:

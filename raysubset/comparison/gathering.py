@@ -26,18 +26,17 @@ from raysubset.comparison.statistics import (
     speed_up,
     t_interval,
 )
-from raysubset.comparison.verdict import TENTH, CheapPoint, judge
+from raysubset.comparison.verdict import TENTH, CheapPoint, Verdict, judge
 from raysubset.data import FullSet, StreamedSplit
 from raysubset.legs import Leg, closure, critical_path
 from raysubset.pipeline.run_report import data_record, task_record
 from raysubset.planning import Plan
 from raysubset.quality import Quality
 from raysubset.run_directory import mean_optimizer_path, optimizer_path, outputs_path, size_of
-from raysubset.run_directory.ledger import Work, total_cost
+from raysubset.run_directory.ledger import LOST, Work, total_cost
 from raysubset.work import Piece
 
-CLOCKS = ("total", "critical_path")
-_FIELD = {"total": "passes", "critical_path": "critical_path_passes"}
+CLOCKS = {"total": "passes", "critical_path": "critical_path_passes"}  # and the field of a run that counts by each
 
 Finals = Mapping[Arm, Mapping[float, Mapping[int, Leg]]]
 """Last legs by arm, budget and seed."""
@@ -81,7 +80,7 @@ def gather(
     """
     quality = full_set.quality
     legs = Legs(full_set, plan, failed)
-    arms = [_arm(arm, by_budget, settings, legs, quality) for arm, by_budget in finals.items()]
+    arms = [_arm(arm, by_budget, settings[arm.key], legs, quality) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     finished = [point for point in baseline if not any(run["error"] for run in point["runs"])]
     budget = cheapest_within_error({point["budget"]: _validation_losses(point["runs"]) for point in finished})
@@ -90,40 +89,43 @@ def gather(
     target = statistics.fmean(reference.values()) - margin
     if not math.isfinite(target):
         raise ValueError(f"the conventional run of {budget:g} passes has no finite {quality.name} on test data")
+    gains: list[tuple[str, Record, Interval]] = []  # candidates, their points, and the gains there
     for arm in arms:
         for point in arm["points"]:
             gain = paired_difference(_gains(point["runs"], quality), reference)
             point["difference"] = None if gain is None else dataclasses.asdict(_turned(gain, quality))
             point["is_non_inferior"] = None if gain is None else gain.low > -margin
-    speed_ups = {clock: _speed_ups(arms, baseline, target, clock, quality) for clock in CLOCKS}
-    candidates = [arm for arm in arms if arm["role"] == "candidate"]
-    verdicts = {}
-    for clock in CLOCKS:
-        passes, of_clock = conventional["mean"][_FIELD[clock]], speed_ups[clock]
+            if gain is not None and arm["role"] == "candidate":
+                gains.append((arm["key"], point, gain))
+    speed_ups, verdicts = dict[str, dict[str, SpeedUp]](), dict[str, Verdict]()
+    for clock, field in CLOCKS.items():
+
+        def cost(point: Record, run: Record, field: str = field) -> float:
+            return run[field]
+
+        base, passes = _curves(baseline, cost, quality), conventional["mean"][field]
+        curves = {arm["key"]: _curves(arm["points"], cost, quality) for arm in arms if arm["role"] != "baseline"}
+        speed_ups[clock] = {key: speed_up(base, curve, target) for key, curve in curves.items() if curve}
+        candidates = {arm["key"] for arm in arms if arm["role"] == "candidate"}
         verdicts[clock] = judge(
-            _cheap_points(candidates, clock, TENTH * passes, quality),
-            {arm["key"]: of_clock[arm["key"]] for arm in candidates if arm["key"] in of_clock},
+            [CheapPoint(key, gain) for key, point, gain in gains if point["mean"][field] <= TENTH * passes],
+            {key: of_arm for key, of_arm in speed_ups[clock].items() if key in candidates},
             conventional_passes=passes,
             margin=margin,
             quality=quality,
             num_seeds=len(seeds),
         )
-    test = f"test_{quality.name}"
-    bandwidths = sorted({*BANDWIDTHS, bandwidth})
+    test, bandwidths = f"test_{quality.name}", sorted({*BANDWIDTHS, bandwidth})
     network = _network(arms, finals, legs, plan, num_workers, test, bandwidths)
-    curves = _wall_curves(arms, network["rows"], quality)
+    ways = _wall_curves(arms, network["rows"], quality)
     rule = {"target": target, "s_per_pass": network["s_per_pass"], "seeds": seeds}
-    regimes = {speed: regime_at(speed, curves, **rule) for speed in bandwidths}
+    regimes = {speed: regime_at(speed, ways, **rule) for speed in bandwidths}
     return {
         "task": task_record(full_set),
         "data": data_record(full_set),
-        "model": {
-            "num_parameters": plan.num_parameters,
-            "num_bytes": plan.num_bytes,
-            "forward_share": plan.forward_share,
-        },
+        "model": plan.network,
         "regime": {
-            "overdetermination_ratio": {"full_set": plan.full_set_ratio, "subsets": list(plan.subset_ratios)},
+            "overdetermination_ratio": plan.ratios,
             "num_subsets": len(plan.subsets),
             "num_parameters": plan.num_parameters,
             "num_workers": num_workers,
@@ -133,7 +135,7 @@ def gather(
                 regimes[bandwidth],
                 quality=quality.show(quality.gain(target)),
                 place=_place(plan, num_workers, arms),
-                is_complete=len({way for way, _ in curves.values()}) == len(get_args(Way)),
+                is_complete=len({way for way, _ in ways.values()}) == len(get_args(Way)),
                 num_seeds=len(seeds),
             ),
         },
@@ -150,12 +152,12 @@ def gather(
         "verdicts": {clock: dataclasses.asdict(verdict) for clock, verdict in verdicts.items()},
         "tuning": {
             "tried": sorted(tuning, key=lambda at: (at["arm"], at["batch_size"], at["learning_rate"])),
-            "passes": legs.passes_of_all(tuning_legs),
+            "passes": sum(map(legs.passes, {leg: None for last in tuning_legs for leg in closure(last)})),
             "goes_beyond": goes_beyond,
         },
         "network": network,
         "failed": {leg.key: reason for leg, reason in failed.items()},
-        "legs": _leg_records(finals),
+        "legs": {leg.key: _leg_record(leg) for last in flat(finals) for leg in closure(last)},
     }
 
 
@@ -165,24 +167,22 @@ def _gains(runs: Sequence[Record], quality: Quality) -> dict[int, float]:
     return {seed: math.nan if value is None else quality.gain(value) for seed, value in values.items()}
 
 
-def _turned(difference: Interval, quality: Quality) -> Interval:
-    """Turn a difference of gains into one of qualities, or the other way round."""
-    return difference if quality.higher_is_better else difference.negative()
+def _turned(gain: Interval, quality: Quality) -> Interval:
+    """Return an interval of gains, or of their differences, in the quality's own direction."""
+    if quality.higher_is_better:
+        return gain
+    return dataclasses.replace(gain, estimate=-gain.estimate, low=-gain.high, high=-gain.low)
 
 
-def _leg_records(finals: Finals) -> Record:
-    """Return by key what each leg is and which legs it needs, inputs first: all that a run's `leg` depends on."""
+def _leg_record(leg: Leg) -> Record:
+    """Return what a leg is and which legs it needs: all that a run's `leg` depends on."""
     return {
-        leg.key: {
-            "kind": leg.kind,
-            "stage": leg.told_stage,
-            "round": leg.round,
-            "subset": leg.subset,
-            "num_workers": leg.num_workers,
-            "inputs": [input_leg.key for input_leg in leg.inputs],
-        }
-        for last in flat(finals)
-        for leg in closure(last)
+        "kind": leg.kind,
+        "stage": leg.told_stage,
+        "round": leg.round,
+        "subset": leg.subset,
+        "num_workers": leg.num_workers,
+        "inputs": [input_leg.key for input_leg in leg.inputs],
     }
 
 
@@ -244,10 +244,6 @@ class Legs:
             is_first=leg.round == 0,
         )
 
-    def passes_of_all(self, finals: Sequence[Leg]) -> float:
-        """Return the passes of all that these legs need. Legs that they share are counted once."""
-        return sum(self.passes(leg) for leg in dict.fromkeys(leg for final in finals for leg in closure(final)))
-
     def run(self, leg: Leg, seed: int) -> Record:
         """Return an arm's run: the results of its last leg, and the costs of all its legs."""
         if (reason := self.failed.get(leg)) is not None:
@@ -266,7 +262,7 @@ class Legs:
             "critical_path_s": critical_path(legs, lambda each: sum(work.wall_s for work in self.works(each))),
             "num_network_bytes": sum(work.num_network_bytes for work in works),
             "storage_reads": sum(map(self.reads, legs)),
-            "num_lost": sum(work.outcome in ("lost", "failed", "preempted") for work in works),
+            "num_lost": sum(work.outcome in LOST for work in works),
             "validation": leg.validation(),
             "test": leg.tested(),
         }
@@ -278,11 +274,7 @@ def _file_sizes(leg: Leg) -> dict[str, int]:
 
 
 def _arm(
-    arm: Arm,
-    by_budget: Mapping[float, Mapping[int, Leg]],
-    settings: Mapping[str, Settings],
-    legs: Legs,
-    quality: Quality,
+    arm: Arm, by_budget: Mapping[float, Mapping[int, Leg]], settings: Settings, legs: Legs, quality: Quality
 ) -> Record:
     points = []
     for budget, by_seed in by_budget.items():
@@ -294,7 +286,7 @@ def _arm(
         "title": arm.title,
         "role": arm.role,
         "overrides": dict(arm.overrides),
-        "settings": dataclasses.asdict(settings[arm.key]),
+        "settings": dataclasses.asdict(settings),
         "points": points,
     }
 
@@ -303,11 +295,9 @@ def _means(runs: Sequence[Record], quality: Quality) -> Record | None:
     """Return means over the seeds that finished, with Student's t interval of test quality; None if none finished."""
     if not runs:
         return None
-    names = ("passes", "critical_path_passes", "num_steps", "device_s", "critical_path_s", "num_network_bytes")
-    names += ("storage_reads",)
-    means: Record = {name: statistics.fmean(run[name] for run in runs) for name in names}
+    names = "passes critical_path_passes num_steps device_s critical_path_s num_network_bytes storage_reads"
     test_interval = _turned(t_interval(list(_gains(runs, quality).values())), quality)
-    return means | {
+    return {name: statistics.fmean(run[name] for run in runs) for name in names.split()} | {
         "num_seeds": len(runs),
         f"test_{quality.name}": test_interval.estimate,
         f"test_{quality.name}_interval": dataclasses.asdict(test_interval),
@@ -332,27 +322,6 @@ def _curves(
     return curves
 
 
-def _speed_ups(
-    arms: Sequence[Record], baseline: Sequence[Record], target: float, clock: str, quality: Quality
-) -> dict[str, SpeedUp]:
-    """Return S of each arm but the baseline that finished with any seed, at a target that is a gain."""
-
-    def curves(points: Sequence[Record]) -> dict[int, list[tuple[float, float]]]:
-        return _curves(points, lambda point, run: run[_FIELD[clock]], quality)
-
-    base, others = curves(baseline), [arm for arm in arms if arm["role"] != "baseline"]
-    return {arm["key"]: speed_up(base, of_arm, target) for arm in others if (of_arm := curves(arm["points"]))}
-
-
-def _cheap_points(candidates: Sequence[Record], clock: str, most: float, quality: Quality) -> list[CheapPoint]:
-    return [
-        CheapPoint(arm["key"], _turned(Interval(**point["difference"]), quality))
-        for arm in candidates
-        for point in arm["points"]
-        if point["difference"] is not None and point["mean"][_FIELD[clock]] <= most
-    ]
-
-
 def _place(plan: Plan, num_workers: int, arms: Sequence[Record]) -> str:
     """Return the network, Q, workers and budgets that the regime holds for, in words."""
     budgets = [point["budget"] for arm in arms if arm["key"][0] != "A" for point in arm["points"]]
@@ -365,16 +334,15 @@ def _place(plan: Plan, num_workers: int, arms: Sequence[Record]) -> str:
 
 def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Quality) -> dict[str, tuple[Way, Curves]]:
     """Return for each arm, by seed, what its budgets took on the critical path, and the gains that they led to."""
-    curves: dict[str, tuple[Way, Curves]] = {}
-    for arm in arms:
-        by_budget = {row["budget"]: row for row in rows if row["arm"] == arm["key"]}
+    sent = {(row["arm"], row["budget"]): (row["num_bytes"], row["num_exchanges"]) for row in rows}
 
-        def communication(point: Record, run: Record, by_budget: Record = by_budget) -> Communication:
-            row = by_budget[point["budget"]]
-            return Communication(run["critical_path_passes"], row["num_bytes"], row["num_exchanges"])
+    def curves(key: str, points: Sequence[Record]) -> Curves:
+        def cost(point: Record, run: Record) -> Communication:
+            return Communication(run["critical_path_passes"], *sent[key, point["budget"]])
 
-        curves[arm["key"]] = way_of(arm["key"][0], arm["role"]), _curves(arm["points"], communication, quality)
-    return curves
+        return _curves(points, cost, quality)
+
+    return {arm["key"]: (way_of(arm["key"][0], arm["role"]), curves(arm["key"], arm["points"])) for arm in arms}
 
 
 def _sent(leg: Leg, legs: Legs, plan: Plan) -> tuple[int, int]:
@@ -408,30 +376,20 @@ def _network(
 
     The time of a pass is the baseline's, as measured here. Wall times at a bandwidth are computed, not measured.
     """
-    baseline = [
-        run for arm in arms if arm["key"] == "B" for p in arm["points"] for run in p["runs"] if not run["error"]
-    ]
+    (points,) = (arm["points"] for arm in arms if arm["key"] == "B")
+    baseline = [run for point in points for run in point["runs"] if not run["error"]]
     s_per_pass = sum(run["device_s"] for run in baseline) / sum(run["passes"] for run in baseline)
     rows = []
-    for arm, by_budget in finals.items():
-        points = {point["budget"]: point for record in arms if record["key"] == arm.key for point in record["points"]}
-        for budget, by_seed in by_budget.items():
-            mean = points[budget]["mean"]
-            if mean is None:
+    for arm, by_budget in zip(arms, finals.values(), strict=True):
+        for point, by_seed in zip(arm["points"], by_budget.values(), strict=True):
+            if (mean := point["mean"]) is None:
                 continue
             leg = next(leg for leg in by_seed.values() if leg not in legs.failed)
             num_bytes, num_exchanges = _sent(leg, legs, plan)
             communication = Communication(mean["critical_path_passes"], num_bytes, num_exchanges)
-            rows.append(
-                {
-                    "arm": arm.key,
-                    "budget": budget,
-                    "num_bytes": num_bytes,
-                    "num_exchanges": num_exchanges,
-                    test: mean[test],
-                    "wall_s": wall_times(communication, s_per_pass=s_per_pass, bandwidths=bandwidths),
-                }
-            )
+            wall_s = wall_times(communication, s_per_pass=s_per_pass, bandwidths=bandwidths)
+            row = {"arm": arm["key"], "budget": point["budget"], test: mean[test], "wall_s": wall_s}
+            rows.append({**row, "num_bytes": num_bytes, "num_exchanges": num_exchanges})
     return {
         "s_per_pass": s_per_pass,
         "bandwidths": list(bandwidths),

@@ -27,10 +27,6 @@ class Interval:
     coverage: float  # of [low, high]
     num: int  # seeds
 
-    def negative(self) -> "Interval":
-        """Return the interval of the negated values."""
-        return Interval(-self.estimate, -self.high, -self.low, self.coverage, self.num)
-
 
 def t_interval(values: Sequence[float]) -> Interval:
     """Return the mean with Student's t interval. A single value, or one that is not finite, gives (-inf, inf).

@@ -60,12 +60,14 @@ class SweepReport(Shown):
 def trial_measures(report: Mapping[str, Any]) -> Record:
     """Return what a sweep keeps of a finished run's report. The test result is shown; no choice reads it."""
     quality, rounds = quality_of(report), report["stages"].get("rounds")
+    names = ("loss", quality.name)
     metrics: dict[str, Any] = {"validation": report["validation"], "test": report["test"]}
     if rounds:
         minima, aggregate = rounds[-1]["minima"], rounds[-1]["aggregation"]
-        size = statistics.mean(minimum["num_examples"] for minimum in minima)
-        ratio = statistics.mean(minimum["overdetermination_ratio"] for minimum in minima)
-        own_means = {name: _mean([minimum["training"][name] for minimum in minima]) for name in ("loss", quality.name)}
+        size, ratio = (
+            statistics.mean(minimum[name] for minimum in minima) for name in ("num_examples", "overdetermination_ratio")
+        )
+        own_means = {name: _mean([minimum["training"][name] for minimum in minima]) for name in names}
         metrics |= {"own": own_means, "full_set": aggregate["training"], "before": aggregate["validation"]}
     else:
         minima, size, ratio = (), report["data"]["num_train"], report["overdetermination_ratio"]["full_set"]
@@ -74,13 +76,8 @@ def trial_measures(report: Mapping[str, Any]) -> Record:
         "num_subsets": len(minima),
         "subset_size": size,
         "overdetermination_ratio": ratio,
-        **{
-            f"{where}_{name}": (metrics.get(where) or {}).get(name)
-            for where in WHERE
-            for name in ("loss", quality.name)
-        },
-        "passes": report["cost"]["passes"],
-        "critical_path_passes": report["cost"]["critical_path_passes"],
+        **{f"{where}_{name}": (metrics.get(where) or {}).get(name) for where in WHERE for name in names},
+        **{name: report["cost"][name] for name in ("passes", "critical_path_passes")},
     }
 
 
@@ -99,23 +96,17 @@ def settings_of(trials: Sequence[Record], quality: Quality) -> list[Record]:
 
 def _setting(group: Sequence[Record], quality: Quality) -> Record:
     finished = [trial for trial in group if trial["state"] == "done"]
-    setting: Record = {
-        "overrides": group[0]["overrides"],
-        "num_seeds": len(finished),
-        **{f"num_{state}": sum(trial["state"] == state for trial in group) for state in ("pruned", "failed")},
-    }
+    setting: Record = {"overrides": group[0]["overrides"], "num_seeds": len(finished)}
+    setting |= {f"num_{state}": sum(trial["state"] == state for trial in group) for state in ("pruned", "failed")}
     for key in ("num_subsets", "subset_size", "overdetermination_ratio"):
-        setting[key] = statistics.mean(trial[key] for trial in finished) if finished else None
+        setting[key] = _mean([trial[key] for trial in finished])
     for key in measures(quality):
         values = [trial[key] for trial in finished]
-        setting[key] = None if not values or None in values else _spread(values)  # JSON has null for a diverged loss
+        mean, error = _mean(values), None
+        if mean is not None and len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
+        setting[key] = None if mean is None else {"mean": mean, "standard_error": error}  # None for a single seed
     return setting
-
-
-def _spread(values: Sequence[float]) -> Record:
-    """Return the mean and its standard error over seeds; the error is None for a single seed."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "standard_error": error}
 
 
 def recommend(settings: Sequence[Record]) -> int | None:
@@ -125,47 +116,43 @@ def recommend(settings: Sequence[Record]) -> int | None:
     there is none, and the best is recommended. Among equal sizes the one of least loss is. A setting with a pruned seed
     is left out, as the seeds that remain are its better ones.
     """
-    eligible = _eligible(settings)
-    if not eligible:
+    if (best := _best(settings)) is None:
         return None
-    best = min(eligible, key=_loss)["validation_loss"]
-    limit = best["mean"] + (best["standard_error"] or 0.0)
-    within = [setting for setting in eligible if _loss(setting) <= limit]
+    limit = _loss(best) + (best["validation_loss"]["standard_error"] or 0.0)
+    within = [setting for setting in settings if _loss(setting) <= limit]
     return settings.index(min(within, key=lambda setting: (setting["subset_size"], _loss(setting))))
 
 
-def _eligible(settings: Sequence[Record]) -> list[Record]:
-    """Return the settings with a finite validation loss of all seeds and none of them pruned."""
-    return [setting for setting in settings if setting["validation_loss"] is not None and not setting["num_pruned"]]
+def _best(settings: Sequence[Record]) -> Record | None:
+    best = min(settings, key=_loss, default=None)
+    return None if best is None or math.isinf(_loss(best)) else best
 
 
 def _loss(setting: Record) -> float:
-    return setting["validation_loss"]["mean"]
+    """Return the mean validation loss; ∞ if it is not finite for all seeds, or one of them was pruned."""
+    loss = setting["validation_loss"]
+    return math.inf if loss is None or setting["num_pruned"] else loss["mean"]
 
 
 def recommendation(settings: Sequence[Record]) -> str:
     """Return recommend() in words, with the numbers that it rests on."""
-    position = recommend(settings)
-    if position is None:
+    position, best = recommend(settings), _best(settings)
+    if position is None or best is None:
         return "No recommendation: no setting has finished with all its seeds and a finite validation loss."
-    recommended, best = settings[position], min(_eligible(settings), key=_loss)
-    error = best["validation_loss"]["standard_error"]
-    total, critical = recommended["passes"]["mean"], recommended["critical_path_passes"]["mean"]
-    cost = f"It costs {total:.2f} passes in total, {critical:.2f} of them on the critical path"
-    if error is None:
-        return (
-            f"The least validation loss: {_described(recommended)}. {cost}. One seed shows no noise, so smaller "
-            "subsets may do as well: sweep over several seeds."
-        )
-    if recommended is best:
-        return (
-            f"The best is also the smallest subset within its standard error: {_described(recommended)}. {cost}. "
-            f"Smaller subsets, if any, have more than {best['validation_loss']['mean'] + error:.4f}."
-        )
-    return (
-        f"The smallest subset within one standard error of the best: {_described(recommended)}. {cost}; the best, "
-        f"{_described(best)}, {best['passes']['mean']:.2f} and {best['critical_path_passes']['mean']:.2f}."
+    recommended, error = settings[position], best["validation_loss"]["standard_error"]
+    words, best_words = _described(recommended), _described(best)
+    total, critical, best_total, best_critical = (
+        f"{setting[name]['mean']:.2f}" for setting in (recommended, best) for name in ("passes", "critical_path_passes")
     )
+    cost = f"It costs {total} passes in total, {critical} of them on the critical path"
+    if error is None:
+        text = "One seed shows no noise, so smaller subsets may do as well: sweep over several seeds."
+        return f"The least validation loss: {words}. {cost}. {text}"
+    if recommended is best:
+        text = f"Smaller subsets, if any, have more than {_loss(best) + error:.4f}."
+        return f"The best is also the smallest subset within its standard error: {words}. {cost}. {text}"
+    text = f"{cost}; the best, {best_words}, {best_total} and {best_critical}."
+    return f"The smallest subset within one standard error of the best: {words}. {text}"
 
 
 def _described(setting: Record) -> str:
@@ -173,7 +160,5 @@ def _described(setting: Record) -> str:
     spread = "" if error is None else f" ± {error:.4f}"
     others = "".join(f", {key} = {value}" for key, value in setting["overrides"].items() if key != "subsets.size")
     seeds = f"{setting['num_seeds']} seed{'s' if setting['num_seeds'] > 1 else ''}"
-    return (
-        f"{setting['subset_size']:g} examples (Q = {setting['overdetermination_ratio']:.3g}{others}) with validation "
-        f"loss {loss:.4f}{spread} over {seeds}"
-    )
+    q = f"Q = {setting['overdetermination_ratio']:.3g}{others}"
+    return f"{setting['subset_size']:g} examples ({q}) with validation loss {loss:.4f}{spread} over {seeds}"

@@ -33,26 +33,14 @@ class Task:
 def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> None:
     """Run one trial. Tune calls this. If its process dies, the trial has failed; sweeping again resumes its run."""
     task = tasks[parameters["trial"]["name"]]
-    directory = RunDirectory(task.config.storage_path, task.config.run_name())
-    full_set = get_shared(task.full_set_ref)
-    quality, num_train = full_set.quality, len(full_set.train)
-    reports = Reports(directory, quality, num_train=num_train, forward_share=task.forward_share)
-    report = run(
-        task.config,
-        on_event=reports,
-        accept_changed_code=task.accept_changed_code,
-        full_set_ref=task.full_set_ref,
-        trunk=task.trunk,
-    )
+    full_set, config = get_shared(task.full_set_ref), task.config
+    directory = RunDirectory(config.storage_path, config.run_name())
+    reports = Reports(directory, full_set.quality, num_train=len(full_set.train), forward_share=task.forward_share)
+    objects = {"full_set_ref": task.full_set_ref, "trunk": task.trunk}
+    report = run(config, on_event=reports, accept_changed_code=task.accept_changed_code, **objects)
     reports.flush()
-    tune.report(
-        {
-            "stage": "done",
-            "passes": report.passes,
-            "critical_path_passes": report.critical_path_passes,
-            **_measured(report.record["validation"], quality),
-        }
-    )
+    passes = {"passes": report.passes, "critical_path_passes": report.critical_path_passes}
+    tune.report({"stage": "done", **passes, **_measured(report.record["validation"], full_set.quality)})
 
 
 class Reports:
@@ -69,8 +57,8 @@ class Reports:
     """
 
     def __init__(self, directory: RunDirectory, quality: Quality, *, num_train: int, forward_share: float) -> None:
-        self._directory, self._num_train, self._forward_share = directory, num_train, forward_share
-        self._quality = quality
+        self._directory, self._quality = directory, quality
+        self._num_train, self._forward_share = num_train, forward_share
         self._epochs: dict[Any, int] = {}  # whole epochs reported, by piece of work
         self._minima: dict[Any, list[dict[str, float]]] = {}  # validation of the minima, by stage and round
         self._held_back: list[dict[str, Any]] = []  # reports, while a Ray Train job may run
@@ -106,7 +94,7 @@ class Reports:
         num_forward = num_trained + math.ceil(epoch) * validation["num_examples"]
         passes = self._passes(earlier_cost + Cost(num_forward=num_forward, num_backward=num_trained))
         metrics = _measured(validation, self._quality)
-        return self._report(stage, epoch=epoch, training_loss=record["loss"], **metrics) | {"passes": passes}
+        return {"stage": stage, "passes": passes, "epoch": epoch, "training_loss": record["loss"], **metrics}
 
     def flush(self) -> None:
         """Send the reports that were held back."""
@@ -114,14 +102,11 @@ class Reports:
             tune.report(self._held_back.pop(0))
 
     def _send(self, stage: str, **values: Any) -> None:
-        tune.report(self._report(stage, **values))
+        passes = self._passes(total_cost(Ledger(self._directory).read()))
+        tune.report({"stage": stage, "passes": passes, **values})
 
     def _passes(self, cost: Cost) -> float:
         return cost.passes(self._num_train, self._forward_share)
-
-    def _report(self, stage: str, **values: Any) -> dict[str, Any]:
-        cost = total_cost(Ledger(self._directory).read())
-        return {"stage": stage, "passes": self._passes(cost), **values}
 
 
 def _measured(validation: Mapping[str, Any] | None, quality: Quality) -> dict[str, float]:
