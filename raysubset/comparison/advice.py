@@ -27,20 +27,14 @@ class Advice:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, with what follows in words."""
-        seconds = {name: wall_times(way, s_per_pass=self.s_per_pass) for name, way in self.ways.items()}
-        forecasts = [{"name": name, **asdict(way), "wall_s": seconds[name]} for name, way in self.ways.items()]
+        forecasts = [
+            {"name": name, **asdict(way), "wall_s": wall_times(way, s_per_pass=self.s_per_pass)}
+            for name, way in self.ways.items()
+        ]
         return asdict(self) | {"forecasts": forecasts, "lines": list(advice_lines(self))}
 
 
-def advise(
-    config: Config,
-    plan: Plan,
-    sizes: Sizes,
-    *,
-    num_train: int,
-    s_per_pass: float,
-    num_workers: int,
-) -> Advice:
+def advise(config: Config, plan: Plan, sizes: Sizes, *, num_train: int, s_per_pass: float, num_workers: int) -> Advice:
     """Return the three forecasts for a config of subset pretraining.
 
     one device:         b · t
@@ -59,71 +53,58 @@ def advise(
         s_per_pass: t, measured on one device.
         num_workers: N, devices.
     """
-    passes = plan.passes
-    turns = math.ceil(len(plan.subsets) / num_workers)
-    stage = plan.critical_path_passes - config.trunk.epochs - config.fine_tuning.epochs
+    passes, turns = plan.passes, math.ceil(len(plan.subsets) / num_workers)
+    on_full_set = config.trunk.epochs + config.fine_tuning.epochs
     num_steps = math.ceil(passes * num_train / config.minimize.batch_size)
     num_checkpoints = math.ceil(passes / min(1.0, config.actors.checkpoint_epochs))
     a_step = all_reduce_bytes(plan.num_parameters, num_workers, each=config.minimize.bytes_a_gradient)
-    ways = {
-        "one device": Communication(passes, 0, 0),
-        f"data-parallel on {num_workers}": Communication(
-            passes / num_workers, num_steps * a_step + num_checkpoints * sizes.checkpoint, num_steps
-        ),
-        f"subset pretraining on {num_workers}": Communication(
-            config.trunk.epochs + turns * stage + config.fine_tuning.epochs,
-            critical_bytes(sizes.rounds, overlap=config.rounds.overlaps),
-            len(sizes.rounds),
-        ),
-    }
-    _, parallel, subsets = ways.values()
+    parallel_bytes = num_steps * a_step + num_checkpoints * sizes.checkpoint
+    parallel = Communication(passes / num_workers, parallel_bytes, num_steps)
+    subsets = Communication(
+        on_full_set + turns * (plan.critical_path_passes - on_full_set),
+        critical_bytes(sizes.rounds, overlap=config.rounds.overlaps),
+        len(sizes.rounds),
+    )
+    more_s, fewer_bits = (subsets.passes - parallel.passes) * s_per_pass, (parallel_bytes - subsets.num_bytes) * 8
+    break_even = None  # it sends more
+    if fewer_bits > 0:
+        break_even = math.inf if more_s <= 0 else fewer_bits / 1e9 / more_s
     return Advice(
         passes=passes,
         s_per_pass=s_per_pass,
         num_workers=num_workers,
-        ways=ways,
-        break_even_gbit_per_s=_break_even(parallel, subsets, s_per_pass),
+        ways={
+            "one device": Communication(passes, 0, 0),
+            f"data-parallel on {num_workers}": parallel,
+            f"subset pretraining on {num_workers}": subsets,
+        },
+        break_even_gbit_per_s=break_even,
         overdetermination_ratio=min(plan.subset_ratios),
     )
 
 
-def _break_even(parallel: Communication, subsets: Communication, s_per_pass: float) -> float | None:
-    """Return the bandwidth of equal times: inf if subset pretraining computes less, None if it sends more."""
-    more_s = (subsets.passes - parallel.passes) * s_per_pass
-    fewer_bits = (parallel.num_bytes - subsets.num_bytes) * 8
-    if fewer_bits <= 0:
-        return None
-    return math.inf if more_s <= 0 else fewer_bits / 1e9 / more_s
-
-
 def advice_lines(advice: Advice) -> Iterator[str]:
     """Yield what follows from the forecasts, in words."""
-    ratio = advice.overdetermination_ratio
+    ratio, even = advice.overdetermination_ratio, advice.break_even_gbit_per_s
     if ratio < Q_BELOW:
         yield (
             f"Q of a subset is {ratio:.2g}, under 1: its loss does not determine the network, and minima of subsets "
             "tell little of the full set's. Take larger subsets or a smaller network."
         )
     else:
-        yield f"Q of a subset is {ratio:.3g}: under squared error its fresh loss is about {_gap(ratio)} times its own."
-    even = advice.break_even_gbit_per_s
+        gap = f"{(ratio + 1) / (ratio - 1):.2f}" if ratio > 1 else "any number of"
+        yield f"Q of a subset is {ratio:.3g}: under squared error its fresh loss is about {gap} times its own."
     if even is None:
         yield "Subset pretraining would send more than data-parallel training: use data-parallel training."
     elif math.isinf(even):
         yield "Subset pretraining takes less time than data-parallel training at any bandwidth, for as many passes."
     else:
-        yield (
-            f"For as many passes in total, subset pretraining takes less time than data-parallel training where each "
-            f"worker gets less than {even:.3g} Gbit/s."
-        )
+        text = "For as many passes in total, subset pretraining takes less time than data-parallel training where each"
+        yield f"{text} worker gets less than {even:.3g} Gbit/s."
     yield (
         "As many passes are not the same quality: of a mean of minima far from convergence expect less than of "
         "data-parallel training with as many steps. `raysubset compare` measures it for this data and model."
     )
-
-
-def _gap(ratio: float) -> str:
-    return f"{(ratio + 1) / (ratio - 1):.2f}" if ratio > 1 else "any number of"
 
 
 def measured_lines(record: dict, advice: Advice) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from raysubset.comparison.checks import checked_arms, checked_margin, takes, unp
 from raysubset.comparison.gathering import Finals, flat, gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.standing import ArmsStanding
-from raysubset.comparison.tuning import LEARNING_RATES, MOST_BEYOND, Losses, best_of, in_words, search, widest
+from raysubset.comparison.tuning import LEARNING_RATES, MOST_BEYOND, Losses, best_of, in_words, search
 from raysubset.config import Config, Learned, check_number, derive_seed
 from raysubset.data import FullSet
 from raysubset.events import Event, LegDone, Note, OnEvent, Progress, Stage, Waiting
@@ -255,7 +255,7 @@ class _Comparison:
     def refuse_unplaceable(self) -> None:
         """Stop before anything runs if an arm has data-parallel work left that the cluster can never place.
 
-        An arm has none left if all legs of its tuning are done, and all legs with a setting that it may be tuned to.
+        An arm has none left if all legs of its tuning are done, and all legs with a setting of its grid.
 
         Raises:
             ValueError: with the way out.
@@ -273,13 +273,11 @@ class _Comparison:
                 refuse_unplaceable(request, f"workers of arm {arm.key}", num=num_workers, way_out=way_out)
 
     def _has_all(self, arm: Arm, size: int) -> bool:
-        def is_done(legs: Iterable[Leg]) -> bool:
-            return all(leg.output.record(whole=True) is not None for leg in legs)
-
         grid = [Settings(rate, size) for rate in self.rates]
-        tuning = [self.leg(arm, setting, *self._tuning_point) for setting in grid if len(grid) > 1]
-        settings = [at for at in widest(grid, self.most_beyond) if takes(self.run.config, at.learning_rate)]
-        return is_done(tuning) and any(is_done(flat({arm: self._finals(arm, setting)})) for setting in settings)
+        tuning = [self.leg(arm, at, *self._tuning_point) for at in grid if len(grid) > 1]
+        return any(
+            all(leg.output.record(whole=True) for leg in (*tuning, *flat({arm: self._finals(arm, at)}))) for at in grid
+        )
 
     def tune(self) -> dict[str, Settings]:
         """Return each arm's settings of least validation loss at the middle budget; `tried` has all that was tried.

@@ -73,27 +73,20 @@ def regime_at(
     reached: set[Way] = set()  # with one seed or more
     for key, (way, curves) in arms.items():
         per_seed: dict[int, float] = {}
-        for seed in seeds:
-            curve = [
-                (communication.wall_s(gbit_per_s, s_per_pass=s_per_pass), gain)
-                for communication, gain in curves.get(seed, ())
-            ]
-            needed, bound = passes_needed(curve, target) if curve else (math.inf, "at_least")
+        for seed, points in curves.items():
+            curve = [(sent.wall_s(gbit_per_s, s_per_pass=s_per_pass), gain) for sent, gain in points]
+            needed, bound = passes_needed(curve, target)
             if bound != "at_least":
                 per_seed[seed] = needed
-        reached |= {way} if per_seed else set()
-        if len(per_seed) < len(seeds):
-            continue
-        seconds = statistics.geometric_mean(per_seed.values())
-        if way not in ways or seconds < ways[way].seconds:
-            ways[way] = Fastest(key, seconds, per_seed)
+                reached.add(way)
+        if len(per_seed) == len(seeds):
+            seconds = statistics.geometric_mean(per_seed.values())
+            if way not in ways or seconds < ways[way].seconds:
+                ways[way] = Fastest(key, seconds, per_seed)
     partly: tuple[Way, ...] = tuple(sorted(reached - ways.keys()))
-    if not ways:
-        return Regime(gbit_per_s, {}, (), partly)
     ordered: list[Way] = sorted(ways, key=lambda way: ways[way].seconds)
-    first = ways[ordered[0]]
-    close: list[Way] = [way for way in ordered if not _is_slower(ways[way], first)]
-    return Regime(gbit_per_s, ways, (*close, *partly), partly)
+    close: list[Way] = [way for way in ordered if not _is_slower(ways[way], ways[ordered[0]])]
+    return Regime(gbit_per_s, ways, (*close, *partly) if ways else (), partly)
 
 
 def _is_slower(one: Fastest, other: Fastest) -> bool:
@@ -114,10 +107,8 @@ def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool, 
     begin = f"{smoke}{place}, at {regime.gbit_per_s:g} Gbit/s a worker: "
     if not regime.ways:
         return f"{begin}no arm reached {quality} with every seed; give larger --budgets."
-    times = ", ".join(
-        f"{way} ({way_fastest.arm}) {way_fastest.seconds:.3g} s"
-        for way, way_fastest in sorted(regime.ways.items(), key=lambda item: item[1].seconds)
-    )
+    ordered = sorted(regime.ways.items(), key=lambda item: item[1].seconds)
+    times = ", ".join(f"{way} ({fastest.arm}) {fastest.seconds:.3g} s" for way, fastest in ordered)
     times += "".join(f", {way} with some seeds alone" for way in regime.partly)
     first, *others = regime.fastest
     word = f"{first} takes the least time" if not others else f"{' and '.join(regime.fastest)} are not told apart"

@@ -8,13 +8,20 @@ it is read, for every arm alike, so that a lucky budget does not count as a cros
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 COVERAGE = 0.95
 
 Bound = Literal["exact", "at_least", "at_most", "unknown"]
 Curve = Sequence[tuple[float, float]]  # (passes, gain), one for each budget
+
+_BOUNDS: dict[tuple[bool, bool], Bound] = {  # by whether S may be larger, and smaller
+    (False, False): "exact",
+    (True, False): "at_least",
+    (False, True): "at_most",
+    (True, True): "unknown",
+}
 
 
 @dataclass(frozen=True)
@@ -98,21 +105,19 @@ def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: fl
             per_seed[seed], bounds[seed] = 0.0, "exact"
             continue
         base, base_bound = passes_needed(curve, target)
+        is_above, is_below = base_bound == "at_least" or bound == "at_most", base_bound == "at_most"
         per_seed[seed] = base / needed
-        open_up, open_down = base_bound == "at_least" or bound == "at_most", base_bound == "at_most"
-        if open_up and open_down:
-            bounds[seed] = "unknown"
-        else:
-            bounds[seed] = "at_least" if open_up else "at_most" if open_down else "exact"
-    values = list(per_seed.values())
-    if all(bound == "exact" for bound in bounds.values()) and min(values) > 0:
+        bounds[seed] = _BOUNDS[is_above, is_below]
+    values, kinds = list(per_seed.values()), set(bounds.values())
+    if kinds == {"exact"} and min(values) > 0:
         logs = t_interval([math.log(value) for value in values])
         interval = Interval(_exp(logs.estimate), _exp(logs.low), _exp(logs.high), logs.coverage, logs.num)
     else:
-        span = range_interval(values)
-        low = 0.0 if {"at_most", "unknown"} & set(bounds.values()) else span.low
-        high = math.inf if {"at_least", "unknown"} & set(bounds.values()) else span.high
-        interval = Interval(span.estimate, low, high, span.coverage, span.num)
+        interval = range_interval(values)
+        if kinds & {"at_most", "unknown"}:
+            interval = replace(interval, low=0.0)
+        if kinds & {"at_least", "unknown"}:
+            interval = replace(interval, high=math.inf)
     return SpeedUp(per_seed, bounds, interval)
 
 

@@ -55,14 +55,6 @@ def beyond(setting: Settings, tried: Collection[Settings]) -> Settings | None:
     return dataclasses.replace(setting, learning_rate=float(f"{setting.learning_rate**2 / next_rate:.6g}"))
 
 
-def widest(grid: Sequence[Settings], most_beyond: int) -> list[Settings]:
-    """Return a grid of one batch size with all rates beyond its edges that search() may try."""
-    settings = list(grid)
-    for _ in range(most_beyond):
-        settings += [further for edge in (min(settings), max(settings)) if (further := beyond(edge, settings))]
-    return settings
-
-
 def in_words(arm: Arm, losses: Mapping[Settings, float]) -> str:
     """Return the settings that an arm was tuned to, and whether their rate is at the edge."""
     best = best_of(losses)

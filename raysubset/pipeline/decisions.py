@@ -1,6 +1,6 @@
 """Decisions that depend on the cluster or on measurements. Made once, written down, and kept when the run resumes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -55,10 +55,14 @@ class Decisions:
             ValueError: if no CPU would be left beside the Ray Train workers to read the streamed examples.
         """
         self._run, self._plan = run, plan
-        decided = run.directory.read_json_or_none(DECISIONS_PATH)
-        self._record: dict[str, Any] = self._first(plan) if decided is None else decided
-        if decided is None:
-            self._write()
+        self._record: dict[str, Any] = run.directory.read_json_or_none(DECISIONS_PATH) or {}
+        self._decide("num_gpus", self._first)
+
+    def _decide(self, name: str, decide: Callable[[], dict[str, Any]]) -> None:
+        """Add what decide() returns to the record and write it, unless the record has the name."""
+        if name not in self._record:
+            self._record |= decide()
+            self._run.directory.write_json(DECISIONS_PATH, self._record)
 
     @property
     def num_gpus(self) -> float:
@@ -76,9 +80,7 @@ class Decisions:
         Args:
             num_teachers: number of minima that fine-tuning learns from.
         """
-        if "num_workers" not in self._record:
-            self._record |= self._workers(num_teachers)
-            self._write()
+        self._decide("num_workers", lambda: self._workers(num_teachers))
         num = self._record["num_workers"]
         if (alone_s := self._record.get("alone_s")) is not None:
             most = self._record["most_workers"]
@@ -114,34 +116,31 @@ class Decisions:
 
     def decide_sizes(self) -> None:
         """Weigh or measure the nodes' speeds, unless that is decided already."""
-        if "slots" not in self._record:
-            num = len(self._plan.subsets)
-            text = f"sizes of {num} subsets by the speed of the nodes, {self._run.config.subsets.shares}"
-            self._run.tell(stage_event("measuring", text))
-            slots = decide_slots(self._run, self._plan.subsets[0].indices, num_gpus=self.num_gpus, num_subsets=num)
-            self._record |= {"slots": [asdict(slot) for slot in slots], "shares": shares(slots, num)}
-            self._write()
+        self._decide("slots", self._sizes)
+
+    def _sizes(self) -> dict[str, Any]:
+        num = len(self._plan.subsets)
+        text = f"sizes of {num} subsets by the speed of the nodes, {self._run.config.subsets.shares}"
+        self._run.tell(stage_event("measuring", text))
+        slots = decide_slots(self._run, self._plan.subsets[0].indices, num_gpus=self.num_gpus, num_subsets=num)
+        return {"slots": [asdict(slot) for slot in slots], "shares": shares(slots, num)}
 
     def per_actor(self, pool: ActorPool, pieces: Sequence[Piece]) -> int:
         """Return how many subsets an actor takes at once: the number set, if measuring once shows it to be faster."""
         num_wanted = self._run.config.subsets.per_actor
         if num_wanted == 1:
             return 1
-        if (decision := self._record.get("packing")) is None:
-            decision = self._record["packing"] = packing_decision(self._run, pool, pieces)
-            self._write()
+        self._decide("packing", lambda: {"packing": packing_decision(self._run, pool, pieces)})
+        decision = self._record["packing"]
         self._run.tell(Note(packing_note(decision)))
         return num_wanted if decision["taken"] else 1
 
-    def _first(self, plan: Plan) -> dict[str, Any]:
+    def _first(self) -> dict[str, Any]:
         config = self._run.config
         num_gpus = num_gpus_of(config.actors, self._run.tell)
         request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
-        num_workers = config.fine_tuning.workers(auto=most_tuners(config, plan, request, startable=True))
+        num_workers = config.fine_tuning.workers(auto=most_tuners(config, self._plan, request, startable=True))
         if config.data.streamed and config.fine_tuning.epochs and config.method == "subset_pretraining":
             refuse_without_readers(config, "fine_tuning", num_workers=num_workers)  # now, rather than after the subsets
         name = "most_workers" if config.fine_tuning.num_workers == "auto" else "num_workers"
         return {"num_gpus": num_gpus, name: num_workers}
-
-    def _write(self) -> None:
-        self._run.directory.write_json(DECISIONS_PATH, self._record)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from raysubset.aggregation import method_of
@@ -47,7 +47,7 @@ class Rounds:
         self._drawing = plan.drawing(run.config, run.directory)
         self.members: Legs = ()  # the aggregated members of the last round
         self._last_start: Start | None = None  # the start of the round before
-        self._subsets: dict[int, tuple[Subset, ...]] = {}  # of the rounds at work
+        self._cut = lru_cache(maxsize=2)(self._new_cut)  # of the rounds at work
         self._chooses = run.config.actors.quorum is not None  # else a round's aggregate is of all members
         self._backlog = Backlog(())  # of all rounds that are not done
         self._results: Iterator[tuple[AnyPiece, Outcome]] | None = None  # of the backlog
@@ -81,16 +81,13 @@ class Rounds:
     def _members(self, round: int, start: Start, last_members: Legs, last_start: Start | None) -> Legs:
         return self._drawing.members(round, start, last_members, last_start=last_start)
 
-    def _cut(self, round: int) -> tuple[Subset, ...]:
+    def _new_cut(self, round: int) -> tuple[Subset, ...]:
         """Return the subsets of a round, after writing their manifest."""
-        if round not in self._subsets:
-            subsets, shares = self._plan.subsets, self._decisions.shares
-            if round:
-                subsets = cut_subsets(self._config, self._full_set, round, shares=shares)
-            self._write_manifest(round, subsets)
-            last = {other: cut for other, cut in self._subsets.items() if other == round - 1}
-            self._subsets = last | {round: subsets}
-        return self._subsets[round]
+        subsets = self._plan.subsets
+        if round:
+            subsets = cut_subsets(self._config, self._full_set, round, shares=self._decisions.shares)
+        self._write_manifest(round, subsets)
+        return subsets
 
     def _aggregate_round(self, pool: ActorPool, members: Legs, start: Start) -> dict[str, Any]:
         """Have actors find the round's missing minima and aggregate all of them; return the aggregate's record."""
@@ -241,7 +238,7 @@ class Rounds:
 
     def _pieces(self, legs: Legs) -> list[Piece]:
         """Return the pieces of a round's minimizations, with their subsets."""
-        subsets, slots, pieces = self._subsets[legs[0].round], self._decisions.slots, list[Piece]()
+        subsets, slots, pieces = self._cut(legs[0].round), self._decisions.slots, list[Piece]()
         for leg in legs:
             assert isinstance(leg.piece, Piece)
             assert leg.subset is not None

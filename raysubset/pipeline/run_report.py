@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from raysubset.data import FullSet
 from raysubset.quality import quality_of
@@ -28,14 +28,29 @@ if TYPE_CHECKING:
     from raysubset.trained_model import TrainedModel
 
 
+@dataclass(frozen=True, repr=False)
 class Shown:
     """A report that can be shown: as its command prints it, and as tables in a notebook."""
 
-    record: dict[str, Any]  # everything, ready for JSON
+    record: dict[str, Any]  # everything, as the report's JSON file holds it
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Self:
+        """Build a report from what to_dict() returns."""
+        return cls(record)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as its JSON file holds it."""
         return self.record
+
+    @property
+    def name(self) -> str:
+        return self.record["name"]
+
+    @property
+    def uri(self) -> str:
+        """The directory's path or URI."""
+        return self.record["uri"]
 
     def show(self) -> None:
         """Print the report as its command does."""
@@ -50,18 +65,8 @@ def _screen() -> Any:
     return import_module("raysubset.cli.screen")
 
 
-@dataclass(frozen=True, repr=False)
 class RunReport(Shown):
     """All numbers of a finished run; to_dict() is report.json."""
-
-    name: str
-    uri: str  # of the run directory
-    test: Metrics  # of the final model; the test split is read for nothing else
-    validation: Metrics  # of the final model
-    passes: float  # of the whole run: every attempt, evaluation and candidate counted
-    critical_path_passes: float  # as if every subset had a device of its own
-    device_s: float
-    record: dict[str, Any]  # the whole report.json
 
     def __repr__(self) -> str:
         quality = quality_of(self.record)
@@ -69,25 +74,36 @@ class RunReport(Shown):
         test = quality.phrase(self.record["test"][quality.name])
         return f"<RunReport {self.name}: test {test} for {passes}; {self.uri}>"
 
+    @property
+    def test(self) -> Metrics:
+        """Metrics of the final model on the test split, which is read for nothing else."""
+        return Metrics.from_dict(self.record["test"])
+
+    @property
+    def validation(self) -> Metrics:
+        """Metrics of the final model on the validation split."""
+        return Metrics.from_dict(self.record["validation"])
+
+    @property
+    def passes(self) -> float:
+        """Passes of the whole run: every attempt, evaluation and candidate counted."""
+        return self.record["cost"]["passes"]
+
+    @property
+    def critical_path_passes(self) -> float:
+        """Passes as if every subset had a device of its own."""
+        return self.record["cost"]["critical_path_passes"]
+
+    @property
+    def device_s(self) -> float:
+        """Seconds of work on all devices."""
+        return self.record["cost"]["device_s"]
+
     def load_model(self, **options: Any) -> "TrainedModel":
         """Load the final model, ready to predict: load_model() of the run's directory, with its options."""
         from raysubset.trained_model import load_model
 
         return load_model(self.uri, **options)
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "RunReport":
-        """Build a report from what to_dict() returns."""
-        return cls(
-            name=record["name"],
-            uri=record["uri"],
-            test=Metrics.from_dict(record["test"]),
-            validation=Metrics.from_dict(record["validation"]),
-            passes=record["cost"]["passes"],
-            critical_path_passes=record["cost"]["critical_path_passes"],
-            device_s=record["cost"]["device_s"],
-            record=record,
-        )
 
 
 def data_record(full_set: FullSet) -> dict[str, Any]:
@@ -110,16 +126,16 @@ def task_record(full_set: FullSet) -> dict[str, Any]:
 
 def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:
     """Yield the stage, round and subset of each piece of work in a report's stages."""
-    single_stages: tuple[Stage, ...] = ("trunk", "fine_tuning", "conventional")
-    for stage in single_stages:
+    full_set_stages: tuple[Stage, ...] = ("trunk", "fine_tuning", "conventional")
+    for stage in full_set_stages:
         if stages.get(stage):
             yield stage, 0, None
     for record in stages.get("rounds") or ():
         yield "aggregation", record["round"], None
-        for minimum in record["minima"]:
-            yield "subsets", record["round"], minimum["subset_id"]
-        for minimum in record.get("subsamples") or ():
-            yield "subsamples", record["round"], minimum["subset_id"]
+        minima: dict[Stage, Any] = {"subsets": record["minima"], "subsamples": record.get("subsamples") or ()}
+        for stage, records in minima.items():
+            for minimum in records:
+                yield stage, record["round"], minimum["subset_id"]
 
 
 def cost_record(
@@ -131,14 +147,24 @@ def cost_record(
         overlap: rounds.overlap, which shortens the critical path.
         lacking: the ledger's damaged and missing entries, whose costs are not counted.
     """
-    stages = by_stage(works).items()
-    return _sums(works, num_train, forward_share, overlap=overlap) | {
+
+    def sums(some: Sequence[Work]) -> dict[str, Any]:
+        """Return the costs that a run and each of its stages have, on both clocks."""
+        total = total_cost(some)
+        return {
+            "passes": total.passes(num_train, forward_share),
+            "critical_path_passes": critical_path_passes(some, num_train, forward_share, overlap=overlap),
+            "num_steps": total.num_steps,
+            "device_s": total.device_s,
+        }
+
+    return sums(works) | {
         "lost_passes": total_cost(work for work in works if work.outcome in LOST).passes(num_train, forward_share),
         "critical_path_s": critical_path_s(works, overlap=overlap),
         "num_network_bytes": sum(work.num_network_bytes for work in works),
         **({"lacking": list(lacking)} if lacking else {}),
         "stages": [
-            _sums(entries, num_train, forward_share, overlap=overlap)
+            sums(entries)
             | {
                 "stage": stage,
                 "wall_s": max(work.started_at + work.wall_s for work in entries) - entries[0].started_at,
@@ -146,19 +172,8 @@ def cost_record(
                 "num_attempts": len(entries),
                 "num_lost": sum(work.outcome in LOST for work in entries),
             }
-            for stage, entries in stages
+            for stage, entries in by_stage(works).items()
         ],
-    }
-
-
-def _sums(works: Sequence[Work], num_train: int, forward_share: float, *, overlap: bool) -> dict[str, Any]:
-    """Return the costs that a run and each of its stages have, on both clocks."""
-    total = total_cost(works)
-    return {
-        "passes": total.passes(num_train, forward_share),
-        "critical_path_passes": critical_path_passes(works, num_train, forward_share, overlap=overlap),
-        "num_steps": total.num_steps,
-        "device_s": total.device_s,
     }
 
 

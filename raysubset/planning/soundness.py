@@ -39,32 +39,33 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
         ValueError: if a stage's smallest batch is too small for the network or for the workers that are set, or its
             optimizer cannot minimize the network's loss.
     """
-    most, needed, name = 1, least_batch(model, full_set.spec), architecture(config.model, full_set.spec).name
-    stages = workers_of_stages(config, of_fine_tuning=config.fine_tuning.workers(auto=1))
-    for stage, num_workers in stages.items():
+    recipe, task, needed = config.minimize, full_set.task, least_batch(model, full_set.spec)
+    name, optimizer = architecture(config.model, full_set.spec).name, recipe.optimizer
+    is_whole = recipe.whole_loop is not None
+    if optimizer in WHOLE_SUBSET:
+        noisy = f"{optimizer} needs a loss without noise, but"
+        if has_dropout(model):
+            raise ValueError(f"{noisy} {name} has dropout: use sgd, adam or adamw")
+        if full_set.examples("train", np.arange(1), augment=True).is_augmented:
+            way_out = "set --data.augmentation none, or use sgd, adam or adamw"
+            raise ValueError(f"{noisy} the task augments training examples: {way_out}")
+    most = 1
+    for stage, num_workers in workers_of_stages(config, of_fine_tuning=config.fine_tuning.workers(auto=1)).items():
         num_examples = least_subset if stage == "subsets" else len(full_set.train)
-        recipe, flag = config.minimize, f"--{stage.replace('_', '-')}.num-workers"
-        is_whole = recipe.whole_loop is not None
-        if recipe.optimizer in WHOLE_SUBSET and has_dropout(model):
-            noise = f"needs a loss without noise, but {name} has dropout"
-            raise ValueError(f"{recipe.optimizer} {noise}: use sgd, adam or adamw")
+        flag = f"--{stage.replace('_', '-')}.num-workers"
         if is_whole and num_workers > 1:
             raise ValueError(f"{recipe.whole_loop} works in one process: set {flag} 1, or use sgd")
-        if recipe.optimizer in WHOLE_SUBSET and full_set.examples("train", np.arange(1), augment=True).is_augmented:
-            noise = "needs a loss without noise, but the task augments training examples"
-            raise ValueError(f"{recipe.optimizer} {noise}: set --data.augmentation none, or use sgd, adam or adamw")
-        if full_set.task.compares_examples:
-            parting = {f"minimize.optimizer={recipe.optimizer}": recipe.optimizer in WHOLE_SUBSET}
+        if task.compares_examples:
+            parting = {f"minimize.optimizer={optimizer}": optimizer in WHOLE_SUBSET}
             parting |= {"minimize.accumulation": recipe.accumulation > 1, flag: num_workers > 1}
             if setting := next((setting for setting, is_set in parting.items() if is_set), None):
-                raise ValueError(f"{full_set.task.name} compares the examples of a batch, which {setting} parts")
+                raise ValueError(f"{task.name} compares the examples of a batch, which {setting} parts")
         smallest = num_examples if is_whole else num_examples // math.ceil(num_examples / recipe.batch_size)
         # Batch norm shares statistics between workers on CUDA only, and the device is not known here
         each = 1 if config.fine_tuning.sync_batch_norm and num_workers > 1 else needed
         if each > 1 and recipe.accumulation > 1:
             each *= recipe.accumulation
-            most_parts = smallest // num_workers // needed
-            if most_parts < recipe.accumulation:
+            if (most_parts := smallest // num_workers // needed) < recipe.accumulation:
                 raise ValueError(
                     f"minimize.accumulation = {recipe.accumulation} would leave parts of one example in batches "
                     f"of {smallest} by {num_workers} worker(s) of {stage}, where {config.model.name}'s batch "
@@ -76,15 +77,14 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
                 f"{stage} would: it has {num_examples} example(s) in batches of at most {recipe.batch_size}. Give a "
                 "larger --minimize.batch-size or --subsets.size, or a network without batch normalisation"
             )
-        fitting = 1 if is_whole or full_set.task.compares_examples else smallest // each
+        fitting = 1 if is_whole or task.compares_examples else smallest // each
         if num_workers > fitting:
             needs = f", as batch normalisation needs {each} examples in each" if num_workers <= smallest else ""
             raise ValueError(
                 f"batches of {smallest} examples cannot be shared by the {num_workers} workers of {stage}{needs}: "
                 f"set {flag} to {fitting} at most, or --minimize.batch-size to {each * num_workers} at least"
             )
-        if stage == "fine_tuning":
-            most = fitting
+        most = fitting if stage == "fine_tuning" else most
     return most
 
 
@@ -154,15 +154,16 @@ def refuse_fresh_weights(config: Config) -> None:
         ValueError: with the way out.
     """
     tuning = config.fine_tuning
-    for is_set, setting in (
-        (config.subsets.start == "independent", "subsets.start=independent"),
-        (tuning.epochs and tuning.start in ("reinit", "shrink_perturb"), f"fine_tuning.start={tuning.start}"),
-    ):
-        if is_set and is_instance(config.model.name) and config.method == "subset_pretraining":
-            raise ValueError(
-                f"{setting} draws new weights, and {config.model.name} is a network that has its own: give a function "
-                "or class that creates one, model=…, or leave the setting out"
-            )
+    if not is_instance(config.model.name) or config.method != "subset_pretraining":
+        return
+    setting = "subsets.start=independent" if config.subsets.start == "independent" else ""
+    if not setting and tuning.epochs and tuning.start in ("reinit", "shrink_perturb"):
+        setting = f"fine_tuning.start={tuning.start}"
+    if setting:
+        raise ValueError(
+            f"{setting} draws new weights, and {config.model.name} is a network that has its own: give a function "
+            "or class that creates one, model=…, or leave the setting out"
+        )
 
 
 def workers_of_stages(config: Config, *, of_fine_tuning: int) -> dict[TrainingStage, int]:
@@ -188,8 +189,9 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
         return []
     notes, left_out, ends_in = list[Note](), {}, None
     sample = full_set.sample()
-    stages = workers_of_stages(config, of_fine_tuning=1)
-    for recipe in dict.fromkeys(config.stage(stage, epochs=1.0) for stage in stages):
+    for recipe in dict.fromkeys(
+        config.stage(stage, epochs=1.0) for stage in workers_of_stages(config, of_fine_tuning=1)
+    ):
         try:
             trial = try_training(model, recipe, sample)
         except ValueError as error:
@@ -202,8 +204,8 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
     with generators_restored(), torch.random.fork_rng(devices=[]):
         first, again = (predict(model, sample.select(torch.arange(1)), config.minimize) for _ in range(2))
     if not torch.allclose(first, again, equal_nan=True):
-        text = f"{name} gives other outputs for the same input in evaluation mode, so what is measured is random and "
-        notes.append(Note(f"{text}differs from run to run: let it draw only if self.training", is_warning=True))
+        text = "gives other outputs for the same input in evaluation mode, so what is measured is random and differs "
+        notes.append(Note(f"{name} {text}from run to run: let it draw only if self.training", is_warning=True))
     if needs_default_layout(model) and config.minimize.channels_last:
         text = (
             f"{name} cannot be trained in the channels-last layout, as where view() follows a convolution: it gets its "
@@ -211,19 +213,12 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
         )
         notes.append(Note(text))
     if left_out:
-        text = f"{name} leaves parameters out of some steps or all, which do not move them: "
-        text += listed(list(left_out), most=3)
-        notes.append(Note(text))
+        names = listed(list(left_out), most=3)
+        notes.append(Note(f"{name} leaves parameters out of some steps or all, which do not move them: {names}"))
     if ends_in in ("softmax", "sigmoid") and isinstance(objective, CrossEntropy):
-        text = (
-            f"{name} ends in a {ends_in}, and cross-entropy takes a softmax of it once more, which hardly "
-            "learns: have it return logits, or set --task.loss squared_error"
-        )
-        notes.append(Note(text, is_warning=True))
+        text = f"{name} ends in a {ends_in}, and cross-entropy takes a softmax of it once more, which hardly learns"
+        notes.append(Note(f"{text}: have it return logits, or set --task.loss squared_error", is_warning=True))
     if ends_in == "log_softmax" and isinstance(objective, SquaredError):
-        text = (
-            f"{name} ends in a log_softmax, which squared error compares with 0 and 1: have it return "
-            "logits, or set --task.loss cross_entropy"
-        )
-        notes.append(Note(text, is_warning=True))
+        text = f"{name} ends in a log_softmax, which squared error compares with 0 and 1"
+        notes.append(Note(f"{text}: have it return logits, or set --task.loss cross_entropy", is_warning=True))
     return notes

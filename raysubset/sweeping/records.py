@@ -4,7 +4,6 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from raysubset.pipeline.run_report import Shown
@@ -24,37 +23,38 @@ def measures(quality: Quality) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*names, "passes", "critical_path_passes")))
 
 
-@dataclass(frozen=True, repr=False)
 class SweepReport(Shown):
     """All numbers of a sweep. to_dict() returns sweep.json."""
-
-    name: str
-    uri: str  # of the sweep's directory
-    trials: tuple[Record, ...]  # name, overrides, seed, state ("done", "pruned", "failed"), error, and measures
-    settings: tuple[Record, ...]  # one for all seeds of the same overrides: mean and standard_error of each measure
-    recommended: Record | None  # the setting
-    recommendation: str  # in words
-    passes: float  # of all trials, in total; a trunk that trials share is counted once
-    record: Record  # everything, ready for JSON
 
     def __repr__(self) -> str:
         num = sum(trial["state"] == "done" for trial in self.trials)
         return f"<SweepReport {self.name}: {num} of {len(self.trials)} trials done; {self.recommendation} {self.uri}>"
 
-    @classmethod
-    def from_dict(cls, record: Record) -> "SweepReport":
-        """Return the report of a sweep.json."""
-        settings, position = tuple(record["settings"]), record["recommended"]
-        return cls(
-            name=record["name"],
-            uri=record["uri"],
-            trials=tuple(record["trials"]),
-            settings=settings,
-            recommended=None if position is None else settings[position],
-            recommendation=record["recommendation"],
-            passes=record["cost"]["passes"],
-            record=record,
-        )
+    @property
+    def trials(self) -> tuple[Record, ...]:
+        """For each trial name, overrides, seed, state ("done", "pruned", "failed"), error, and measures."""
+        return tuple(self.record["trials"])
+
+    @property
+    def settings(self) -> tuple[Record, ...]:
+        """One for all seeds of the same overrides: mean and standard_error of each measure."""
+        return tuple(self.record["settings"])
+
+    @property
+    def recommended(self) -> Record | None:
+        """The recommended setting."""
+        position = self.record["recommended"]
+        return None if position is None else self.settings[position]
+
+    @property
+    def recommendation(self) -> str:
+        """The recommendation in words."""
+        return self.record["recommendation"]
+
+    @property
+    def passes(self) -> float:
+        """Passes of all trials, in total; a trunk that trials share is counted once."""
+        return self.record["cost"]["passes"]
 
 
 def trial_measures(report: Mapping[str, Any]) -> Record:
