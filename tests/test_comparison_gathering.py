@@ -78,20 +78,12 @@ def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path) -> 
 
     baseline = {b: {s: leg("conventional", b, s, begin + step * LEVELS[b]) for s in SEEDS} for b in BUDGETS}
     arm = {0.5: {s: leg("subsets", 0.5, s, at_half_a_pass) for s in SEEDS}}
-    found = gather(
-        {parse_arm("B"): baseline, parse_arm("D"): arm},
-        {key: Settings(0.1, 64) for key in "BD"},
-        [],
-        plan,
-        full_set,
-        {},
-        tuning_legs=[],
-        goes_beyond=False,
-        seeds=list(SEEDS),
-        margin=0.01,
-        num_workers=2,
-        bandwidth=2.0,
-    )
+    comparison: Any = SimpleNamespace(run=SimpleNamespace(full_set=full_set), plan=plan, seeds=list(SEEDS))
+    comparison.num_workers, comparison.most_beyond, comparison.runner = 2, 0, SimpleNamespace(failed={})
+    comparison.tried, comparison.tuning_legs = [], []
+    finals = {parse_arm("B"): baseline, parse_arm("D"): arm}
+    settings = {key: Settings(0.1, 64) for key in "BD"}
+    found = gather(comparison, finals, settings, margin=0.01, bandwidth=2.0)
     directory = RunDirectory(str(tmp_path), "c")
     head = {"name": "c", "uri": directory.uri, "config": Config().to_dict(), "environment": None}
     directory.write_json(COMPARISON_PATH, head | found)

@@ -18,6 +18,7 @@ from raysubset.comparison.network import (
 )
 from raysubset.comparison.records import Record
 from raysubset.comparison.regime import Curves, Way, regime_at, regime_text, way_of
+from raysubset.comparison.running import Comparison, Finals, flat
 from raysubset.comparison.statistics import (
     Interval,
     SpeedUp,
@@ -38,47 +39,24 @@ from raysubset.work import Piece
 
 CLOCKS = {"total": "passes", "critical_path": "critical_path_passes"}  # and the field of a run that counts by each
 
-Finals = Mapping[Arm, Mapping[float, Mapping[int, Leg]]]
-"""Last legs by arm, budget and seed."""
-
 Cost = TypeVar("Cost")
 
 
-def flat(finals: Finals) -> list[Leg]:
-    """Return the last legs of all arms, budgets and seeds."""
-    return [leg for by_budget in finals.values() for by_seed in by_budget.values() for leg in by_seed.values()]
-
-
 def gather(
-    finals: Finals,
-    settings: Mapping[str, Settings],
-    tuning: Sequence[Record],
-    plan: Plan,
-    full_set: FullSet,
-    failed: Mapping[Leg, str],
-    *,
-    tuning_legs: Sequence[Leg],
-    goes_beyond: bool,
-    seeds: Sequence[int],
-    margin: float,
-    num_workers: int,
-    bandwidth: float,
+    comparison: Comparison, finals: Finals, settings: Mapping[str, Settings], *, margin: float, bandwidth: float
 ) -> Record:
     """Return all numbers of a comparison whose legs are done.
 
     Args:
-        finals: of every arm.
-        tuning: the settings that were tried; tuning_legs are the last legs of these, and goes_beyond is true if arms
-            may try rates beyond the grid's edges.
-        failed: legs that could not be done, with the reason.
+        finals: of every arm, with the settings that it was tuned to.
         margin: of non-inferiority, in the quality's units.
-        num_workers: of arm I.
         bandwidth: of each worker's link, in Gbit/s, for the sentence on the regime.
 
     Raises:
         ValueError: if the conventional run has no finite quality to compare the arms with.
     """
-    quality = full_set.quality
+    full_set, seeds, num_workers = comparison.run.full_set, comparison.seeds, comparison.num_workers
+    plan, failed, quality = comparison.plan, comparison.runner.failed, full_set.quality
     legs = Legs(full_set, plan, failed)
     arms = [_arm(arm, by_budget, settings[arm.key], legs, quality) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
@@ -151,9 +129,9 @@ def gather(
         "speed_ups": {c: {key: dataclasses.asdict(of_arm) for key, of_arm in speed_ups[c].items()} for c in CLOCKS},
         "verdicts": {clock: dataclasses.asdict(verdict) for clock, verdict in verdicts.items()},
         "tuning": {
-            "tried": sorted(tuning, key=lambda at: (at["arm"], at["batch_size"], at["learning_rate"])),
-            "passes": sum(map(legs.passes, {leg: None for last in tuning_legs for leg in closure(last)})),
-            "goes_beyond": goes_beyond,
+            "tried": sorted(comparison.tried, key=lambda at: (at["arm"], at["batch_size"], at["learning_rate"])),
+            "passes": sum(map(legs.passes, {leg: None for last in comparison.tuning_legs for leg in closure(last)})),
+            "goes_beyond": comparison.most_beyond > 0,
         },
         "network": network,
         "failed": {leg.key: reason for leg, reason in failed.items()},
