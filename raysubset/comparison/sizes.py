@@ -39,9 +39,7 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
     rounds, num, model = config.rounds, len(plan.subsets), seeded_model(config, full_set)
     weights, names = model.state_dict(), trainable_names(model)
     shape = (len(ensemble_sample(full_set.examples("validation"))), *full_set.spec.outputs)
-    recipe, sent = config.minimize, rounds.send
-    if rounds.overlaps and sent == "float32":
-        sent = "difference"
+    recipe, subset = config.minimize, plan.subsets[0].indices
     if recipe.optimizer in _WITH_RATES:  # a tiny rate, so that two steps on few examples cannot diverge
         recipe = replace(recipe, learning_rate=1e-9)
     few_config = replace(
@@ -50,20 +48,12 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
         aggregation=replace(config.aggregation, statistics_examples=_FEW),
         actors=replace(config.actors, on_step=None, profile=0, checkpoint_epochs=1e-9),
     )
-    subset = plan.subsets[0].indices
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(folder, "sizes")
-        piece = Piece(
-            few_config,
-            directory,
-            "subsets",
-            subset_id=0,
-            indices=subset[:_FEW],
-            epochs=2 / num_steps_per_epoch(min(_FEW, len(subset)), config.stage("subsets")),
-            statistics=plan.statistics,
-            measures=(),
-            send=sent,
-        )
+        piece = plan.drawing(few_config, directory).members(0, FRESH, ())[0].piece
+        assert isinstance(piece, Piece)
+        epochs = 2 / num_steps_per_epoch(min(_FEW, len(subset)), config.stage("subsets"))
+        piece = replace(piece, indices=subset[:_FEW], epochs=epochs, measures=())
         Minimizer(lambda: full_set, num_gpus=0, node="").minimize([piece], weights, attempts=[0], waited_s=0.0)
         (work,) = Ledger(directory).read()
         file_sizes = {path: _size(directory, path) for path in piece.output.files()}

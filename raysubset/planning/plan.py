@@ -210,14 +210,10 @@ def _measuring_advice(
     if rounds.num == 1 or method_of(config.aggregation).needs.validation:
         return []
     forward = max(sizes) + len(full_set.validation) + _aggregation_forward(config, full_set, len(sizes), model)
-    measuring, training = (
-        Cost(num_forward=forward).passes(num_train, share),
-        max(sizes) * config.minimize.epochs / num_train,
-    )
-    if measuring / rounds.evaluate_every < _MUCH * training:
-        return []
+    measuring = Cost(num_forward=forward).passes(num_train, share)
+    training = max(sizes) * config.minimize.epochs / num_train
     interval = min(rounds.num, math.ceil(measuring / (_LITTLE * training)))
-    if interval <= rounds.evaluate_every:
+    if measuring / rounds.evaluate_every < _MUCH * training or interval <= rounds.evaluate_every:
         return []
     text = f"to measure a round takes {measuring:.2g} passes on the critical path, to train it {training:.2g}"
     return [Note(f"{text}: --rounds.evaluate-every {interval} does it less often")]
@@ -260,16 +256,9 @@ def manifest(subsets: tuple[Subset, ...], full_set: FullSet) -> pa.Table:
     """
     train = full_set.train
     labels = train.arrays().get("label")
-    parts = [
-        pa.table(
-            {
-                "subset": pa.array([subset.id] * len(subset.indices), pa.int32()),
-                "position": subset.indices,
-                "row": train.table["row"].to_numpy()[subset.indices],
-            }
-            | ({} if labels is None else {"label": labels[subset.indices]})
-        )
-        for subset in subsets
-    ]
-    table = pa.concat_tables(parts).combine_chunks()
+    positions = np.concatenate([subset.indices for subset in subsets])
+    ids = np.repeat([subset.id for subset in subsets], [len(subset.indices) for subset in subsets])
+    rows = train.table["row"].to_numpy()[positions]
+    columns = {"subset": pa.array(ids, pa.int32()), "position": positions, "row": rows}
+    table = pa.table(columns | ({} if labels is None else {"label": labels[positions]}))
     return table.replace_schema_metadata({"data": digest(full_set.fingerprint)})
