@@ -297,7 +297,7 @@ def test_a_plot_has_the_values_of_its_points_beside_their_places():
     assert (left, top) < (right, bottom)  # 1 above 0.01
     half = [float(y) for y, text in re.findall(r'class="end" x="[\d.]+" y="([\d.]+)">([\d.]+)<', svg) if text == "0.1"]
     assert half == [pytest.approx((top + bottom) / 2 + 4, abs=0.2)]  # a logarithmic axis, words four pixels lower
-    page = Page("t", ("v",), (Section("s", lines=("l",), plots=(Plot("p", "a <caption>", (chart, chart)),)),))
+    page = Page("t", ("v",), (Section("s", lines=("l",), plots=(Plot("a <caption>", (chart, chart)),)),))
     read = check_self_contained(to_html(page))
     assert "a <caption>" in read.words
 

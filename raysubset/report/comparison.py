@@ -5,13 +5,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from operator import itemgetter
-from typing import Any
 
 from raysubset.costs import bytes_in_words
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
 from raysubset.report.commands import command
-from raysubset.report.curves import arm_stages, needed_legs, quality_chart, training_plot
+from raysubset.report.curves import arm_stages, needed_legs, training_plot
 from raysubset.report.drawing import COLOURS, GREY, Chart, Plot
 from raysubset.report.figures import Record, finite, formatted, loss_name
 from raysubset.report.parts import Command, Line, Section, table
@@ -113,8 +112,7 @@ def _basis(record: Record) -> Iterator[Line]:
         f"standard error of the best validation loss: {reached} on test. As good means worse than that by at most "
         f"{quality.show(record['margin'])}: {target}."
     )
-    at_edge = [arm_name(arm["key"]) for arm in record["arms"] if _edge(record, arm["key"], arm["settings"])]
-    if at_edge:
+    if at_edge := [arm_name(arm["key"]) for arm in record["arms"] if _edge(record, arm["key"], arm["settings"])]:
         text = f"the learning rate of {', '.join(at_edge)} is at the edge of the grid: a rate beyond it may do better"
         yield Note(f"{text} (--learning-rates).", is_warning=True)
     if len(record["seeds"]) < _FEWEST_SEEDS:
@@ -167,12 +165,10 @@ def _points(record: Record) -> Section:
         (f"against conventional, {quality.change_label}", lambda point: _compared(point, quality)),
     ]
     lines = [
-        "Budgets are passes of training; passes count evaluation too, and all work of each arm, even if arms shared it."
+        "Budgets are passes of training; passes count evaluation too, and all work of each arm, even if arms shared "
+        "it. From three seeds on, ± and brackets are 95 % intervals by Student's t, differences paired by seed."
+        f"{'' if quality.higher_is_better else f' Of {quality.name}, less is better.'}"
     ]
-    if len(record["seeds"]) >= _FEWEST_SEEDS:
-        lines[0] += " ± and the brackets: 95 % intervals by Student's t, differences paired by seed."
-    if not quality.higher_is_better:
-        lines[0] += f" Of {quality.name}, less is better."
     if is_streamed:
         lines.append("Reads: rows read from storage, divided by the training files' rows; a row group is read whole.")
     for arm in record["arms"]:
@@ -185,9 +181,8 @@ def _points(record: Record) -> Section:
 def mean_and_half(mean: Record, quality: Quality) -> tuple[float, float]:
     """Return the mean test quality and half the width of its interval; NaN if it has no end or too few seeds."""
     interval = mean[f"test_{quality.name}_interval"]
-    if mean["num_seeds"] < _FEWEST_SEEDS:
-        return finite(mean[f"test_{quality.name}"]), math.nan
-    return finite(mean[f"test_{quality.name}"]), finite(interval["high"]) - finite(interval["estimate"])
+    half = finite(interval["high"]) - finite(interval["estimate"])
+    return finite(mean[f"test_{quality.name}"]), half if mean["num_seeds"] >= _FEWEST_SEEDS else math.nan
 
 
 def _compared(point: Record, quality: Quality) -> str:
@@ -207,11 +202,11 @@ def _edge(record: Record, key: str, settings: Record) -> str:
 
 
 def _speed_ups(record: Record) -> Section:
-    of_total, of_critical_path = (record["speed_ups"][clock] for clock in CLOCKS)
+    ups = record["speed_ups"]
     columns = (
         ("arm", lambda arm: arm_name(arm["key"])),
-        ("total", lambda arm: _speed_up(of_total[arm["key"]])),
-        ("critical path", lambda arm: _speed_up(of_critical_path[arm["key"]])),
+        ("total", lambda arm: _speed_up(ups["total"][arm["key"]]["interval"])),
+        ("critical path", lambda arm: _speed_up(ups["critical_path"][arm["key"]]["interval"])),
         ("role", lambda arm: arm["role"]),
     )
     lines = (
@@ -219,27 +214,20 @@ def _speed_ups(record: Record) -> Section:
         "never reaches it. Geometric mean with Student's t interval on log S; if a seed is missing or beyond the "
         "budgets, the median with the least and largest, and the coverage of that.",
     )
-    arms = [arm for arm in record["arms"] if arm["key"] in of_total]
-    return table("Speed-up at equal quality", arms, columns, lines, [_speed_ups_plot(record)])
+    arms = [arm for arm in record["arms"] if arm["key"] in ups["total"]]
+    return table("Speed-up at equal quality", arms, columns, lines)
 
 
-def _speed_up(record: Record) -> str:
-    interval = record["interval"]
-    low, high = interval["low"] or 0.0, interval["high"]
-    end = "…" if high is None or math.isinf(high) else f"{high:.2f}"
+def _speed_up(interval: Record) -> str:
     if interval["num"] < _FEWEST_SEEDS:
         return f"{interval['estimate']:.2f}"
-    return f"{interval['estimate']:.2f} [{low:.2f}, {end}] {interval['coverage']:.0%}"
-
-
-def largest_rows(network: Record) -> list[Record]:
-    """Return each arm's row of the largest budget that it finished."""
-    largest = {row["arm"]: row for row in sorted(network["rows"], key=lambda row: row["budget"])}
-    return [row for row in network["rows"] if row is largest[row["arm"]]]
+    span = f"[{interval['low'] or 0.0:.2f}, {formatted(interval['high'], '.2f', none='…')}]"
+    return f"{interval['estimate']:.2f} {span} {interval['coverage']:.0%}"
 
 
 def _network(record: Record) -> Section:
     network, quality = record["network"], quality_of(record)
+    largest = {row["arm"]: row for row in sorted(network["rows"], key=itemgetter("budget"))}
     columns = (
         ("arm", lambda row: arm_name(row["arm"])),
         ("budget", lambda row: f"{row['budget']:g}"),
@@ -248,13 +236,14 @@ def _network(record: Record) -> Section:
     )
     workers, step = record["regime"]["num_workers"], bytes_in_words(network["data_parallel_bytes_a_step"])
     lines = (
-        "Seconds if every subset had a device as fast as this one: critical-path passes × "
-        f"{network['s_per_pass']:.3g} s + bytes × 8 / bandwidth. Left out are latency (add it for each exchange) and "
-        "checkpoints. Computed from what was measured here, not measured on a network. Bytes: what a member and the "
-        f"aggregating actor fetch and send; data-parallel training of {workers} workers sends {step} per step and "
-        "worker (ring all-reduce of float32, half of it in bfloat16), with nothing overlapped.",
+        f"Computed, not measured on a network: critical-path passes × {network['s_per_pass']:.3g} s + bytes × 8 / "
+        "bandwidth, if every subset had a device as fast as this one. Left out are latency, once an exchange, and "
+        "checkpoints. Bytes: what a member and the aggregating actor fetch and send; data-parallel training of "
+        f"{workers} workers sends {step} per step and worker (ring all-reduce of float32, half of it in bfloat16), "
+        "with nothing overlapped.",
     )
-    return table("Wall time by network, largest budget", largest_rows(network), columns, lines, [_wall_plot(record)])
+    rows = [row for row in network["rows"] if row is largest[row["arm"]]]
+    return table("Wall time by network, largest budget", rows, columns, lines)
 
 
 def _sent_and_seconds(speeds: Iterable[str]) -> list[tuple[str, Callable[[Record], str]]]:
@@ -288,61 +277,25 @@ def _tuning(record: Record) -> Section:
 
 def _quality_plot(record: Record, clock: str) -> Plot:
     """Draw each arm's test quality over passes, in total or on the critical path."""
-    quality, styles, arms = quality_of(record), _styles(record), []
-    for arm in record["arms"]:
-        means = (point["mean"] for point in arm["points"] if point["mean"])
-        points = sorted((mean[_COST[clock]], *mean_and_half(mean, quality)) for mean in means)
-        dash = "" if arm["role"] == "candidate" else "5 3"
-        arms.append((arm_name(arm["key"]), points, {**styles[arm["key"]], "dash": dash}))
-    chart = quality_chart(CLOCKS[clock], quality, arms)
-    chart.across(quality.scale * record["conventional"][f"target_{quality.name}"], GREY, "as good")
+    quality, scale, num = quality_of(record), quality_of(record).scale, len(COLOURS)
+    chart = Chart(CLOCKS[clock], f"test {quality.label}", log="x", size=(440, 320))
+    for number, arm in enumerate(record["arms"]):
+        means = sorted((point["mean"] for point in arm["points"] if point["mean"]), key=itemgetter(_COST[clock]))
+        values = [mean_and_half(mean, quality) for mean in means]
+        has_bars = all(math.isfinite(half) for _, half in values)
+        bars = [(scale * (value - half), scale * (value + half)) for value, half in values] if has_bars else []
+        points = [(mean[_COST[clock]], scale * value) for mean, (value, _) in zip(means, values, strict=True)]
+        dash, marker = "" if arm["role"] == "candidate" else "5 3", "osD"[number // num % 3]  # a colour may repeat
+        chart.line(points, COLOURS[number % num], arm_name(arm["key"]), marker=marker, dash=dash, bars=bars)
+    if quality.is_share:
+        chart.y.values = [value for value in chart.y.values if -2 <= value <= 102]
+    chart.across(scale * record["conventional"][f"target_{quality.name}"], GREY, "as good")
     caption = (
         f"Test {quality.name} over {CLOCKS[clock]}, a curve an arm, n = {len(record['seeds'])} seeds; bars, from "
         f"{_FEWEST_SEEDS} seeds on: 95 % intervals by Student's t, cut at the plot's edge; dashed: baselines and "
         "controls; dotted: what counts as good as the long conventional run."
     )
-    return Plot(f"quality_{clock}", caption, (chart,))
-
-
-def _styles(record: Record) -> dict[str, dict[str, Any]]:
-    """Return a colour and a marker for each arm's line; the marker changes when the colours repeat."""
-    keys = enumerate(arm["key"] for arm in record["arms"])
-    num = len(COLOURS)
-    return {key: {"colour": COLOURS[number % num], "marker": "osD"[number // num % 3]} for number, key in keys}
-
-
-def _speed_ups_plot(record: Record) -> Plot:
-    """Draw each arm's speed-up on both clocks, with its interval if there are three seeds or more."""
-    arms = [arm["key"] for arm in record["arms"] if arm["key"] in record["speed_ups"]["total"]]
-    chart = Chart("speed-up S at equal quality", "", size=(440, 60 + 30 * len(arms)))
-    chart.name_rows([arm_name(arm) for arm in arms])
-    chart.x.values += [0.0, 1.1]
-    for clock, shift, colour in (("total", -0.15, COLOURS[0]), ("critical_path", 0.15, COLOURS[1])):
-        intervals = [record["speed_ups"][clock][arm]["interval"] for arm in arms]
-        most = 1.15 * max(1.0, *(i[end] for i in intervals for end in ("estimate", "high") if i[end] is not None))
-        for place, interval in enumerate(intervals):
-            if interval["num"] >= _FEWEST_SEEDS:
-                high = most if interval["high"] is None else interval["high"]
-                ends = [(interval["low"] or 0.0, place + shift), (high, place + shift)]
-                chart.line(ends, colour, alpha=0.6, width=3)
-            chart.points([(interval["estimate"], place + shift)], colour, CLOCKS[clock])
-    chart.upright(1)
-    caption = (
-        "Speed-up over conventional training at equal quality, with the intervals of the table; dotted: S = 1. An "
-        "interval that has no end is drawn to the plot's."
-    )
-    return Plot("speed_ups", caption, (chart,))
-
-
-def _wall_plot(record: Record) -> Plot:
-    """Draw the seconds over bandwidth at each arm's largest budget."""
-    network, styles = record["network"], _styles(record)
-    chart = Chart("bandwidth, Gbit/s", "computed wall time, s", log="xy", size=(440, 300))
-    for row in largest_rows(network):
-        seconds = [(speed, finite(row["wall_s"][f"{speed:g}"])) for speed in network["bandwidths"]]
-        chart.line(seconds, label=arm_name(row["arm"]), **styles[row["arm"]])
-    caption = "Computed seconds at each arm's largest budget if every subset had a device of its own, over bandwidth."
-    return Plot("wall_by_network", caption, (chart,))
+    return Plot(caption, (chart,))
 
 
 def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Record]]) -> Plot | None:
@@ -362,7 +315,7 @@ def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Recor
     panels = [(title, arm_stages(runs, legs, records, num_train=num_train)) for title, runs in largest]
     panels = [(title, stages) for title, stages in panels if stages]
     what, seeds = "at each arm's largest budget", f"n = {len(record['seeds'])} seeds"
-    return training_plot("training_of_arms", what, panels, loss=loss_name(record), seeds=seeds)
+    return training_plot(what, panels, loss=loss_name(record), seeds=seeds)
 
 
 # Advice

@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean
-from typing import Any
 
-from raysubset.quality import Quality
 from raysubset.report.drawing import COLOURS, Chart, Plot
 from raysubset.report.figures import Record, finite, passes_by_epoch, works_of
 
@@ -133,7 +131,7 @@ def _over_seeds(seeds: Sequence[Mapping[tuple[str, int], Stage]]) -> list[Stage]
 
 
 def training_plot(
-    name: str, what: str, panels: Sequence[tuple[str, Sequence[Stage]]], *, loss: str, seeds: str = ""
+    what: str, panels: Sequence[tuple[str, Sequence[Stage]]], *, loss: str, seeds: str = ""
 ) -> Plot | None:
     """Draw a chart for each panel (title, stages); None if there are fewer than three values to draw.
 
@@ -153,7 +151,7 @@ def training_plot(
         f"round's members{over}; bands: the least and greatest of the {spread}; squares: validation loss; diamonds: "
         f"that of the aggregate.{' All charts have one scale.' if len(charts) > 1 else ''}"
     )
-    return Plot(name, caption, charts, is_wide=len(charts) > 1)
+    return Plot(caption, charts, is_wide=len(charts) > 1)
 
 
 def _panel(title: str, stages: Sequence[Stage], loss: str) -> Chart:
@@ -178,24 +176,3 @@ def draw_validation(chart: Chart, stage: Stage, colour: str, label: str, *, widt
     marker = "D" if stage.name == "aggregation" else "s"
     has_bars = any(least < most for least, most in bars)
     chart.line(points, colour, label, marker=marker, width=width, dash=dash, bars=bars if has_bars else ())
-
-
-def quality_chart(
-    passes: str, quality: Quality, curves: Iterable[tuple[str, Sequence[tuple[float, float, float]], Mapping[str, Any]]]
-) -> Chart:
-    """Draw curves of test quality over passes.
-
-    Args:
-        passes: the label of the x axis.
-        curves: the name of each, its points (passes, value, half the width of its error bar or NaN) and its style, the
-            arguments of Chart.line().
-    """
-    chart = Chart(passes, f"test {quality.label}", log="x", size=(440, 320))
-    for name, points, style in curves:
-        values = [(at, quality.scale * value, quality.scale * half) for at, value, half in points]
-        has_bars = all(math.isfinite(half) for *_, half in values)
-        bars = [(value - half, value + half) for _, value, half in values] if has_bars else []
-        chart.line([point[:2] for point in values], label=name, bars=bars, **style)
-    if quality.is_share:
-        chart.y.values = [value for value in chart.y.values if -2 <= value <= 102]
-    return chart

@@ -2,7 +2,7 @@
 
 chart = Chart("passes", "loss", log="y")
 chart.line([(1, 0.9), (2, 0.5), (3, 0.4)], COLOURS[0], "trunk", marker="o")
-Plot("training", "Loss while training.", (chart,))            # the page draws plot.charts and plot.legend
+Plot("Loss while training.", (chart,))                        # the page draws plot.charts and plot.legend
 
 They are written by hand, as matplotlib takes seconds to import and to draw, and every run ends with a page.
 """
@@ -37,7 +37,6 @@ class Axis:
     ticks: Sequence[tuple[float, str]] = ()  # none: chosen automatically
     low: float | None = None  # None: the least value, with a margin
     high: float | None = None
-    is_whole: bool = False  # ticks are whole numbers only
     values: list[float] = field(default_factory=list)
 
     def settled(self) -> "Scale":
@@ -52,7 +51,7 @@ class Axis:
             margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
             low = low - margin if self.low is None else self.low
             high = high + margin if self.high is None else self.high
-        ticks = self.ticks or (_log_ticks(low, high) if is_log else _ticks(low, high, is_whole=self.is_whole))
+        ticks = self.ticks or (_log_ticks(low, high) if is_log else _ticks(low, high))
         return Scale(low, high, is_log, ticks)
 
 
@@ -81,12 +80,11 @@ class Scale:
 Draw = Callable[[Scale, Scale], str]  # returns the SVG of a mark, given the x and the y axis
 
 
-def _ticks(low: float, high: float, *, is_whole: bool) -> list[tuple[float, str]]:
+def _ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Return about five round numbers between the ends, with their texts."""
     rough = (high - low) / 5 or 1.0
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.9 * rough)
-    step = max(1.0, round(step)) if is_whole else step
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return [(number * step, f"{number * step:.10g}") for number in numbers]
 
@@ -249,13 +247,6 @@ class Chart:
         )
         self._name(label, f'<path {style} d="M0 6H22"/>')
 
-    def upright(self, x: float, colour: str = GREY, *, width: float = 1.5, alpha: float = 1, dash: str = "2 4") -> None:
-        """Draw a vertical line from top to bottom at x."""
-        style = f'stroke="{colour}" stroke-width="{width}" opacity="{alpha}" stroke-dasharray="{dash}"'
-        self._marks.append(
-            lambda x_axis, y_axis: f'<path {style} d="M{x_axis.at(x)} {_number(y_axis.start)}V{_number(y_axis.end)}"/>'
-        )
-
     def name_rows(self, names: Sequence[str]) -> None:
         """Give the y axis a row for each name, the first at y = 0 on top."""
         self.y = Axis("", ticks=list(enumerate(names)), low=len(names) - 0.5, high=-0.5)
@@ -288,7 +279,7 @@ class Chart:
         if self.above:
             label, factor = self.above
             ends = x.low * factor, x.high * factor
-            ticks = _log_ticks(*ends) if x.is_log else _ticks(*ends, is_whole=False)
+            ticks = _log_ticks(*ends) if x.is_log else _ticks(*ends)
             words += [_text(x.pixel(value / factor), top - 5, text, "in") for value, text in ticks]
             words.append(_text(centre, 12, label, "in", room=room))
         words.append(_text(centre, height - 5, self.x.label, "in", room=room))
@@ -340,7 +331,6 @@ def _joined(texts: Iterable[str]) -> str:
 class Plot:
     """Charts that belong together, with a caption."""
 
-    name: str
     caption: str  # a sentence or two; screen readers read it too
     charts: tuple[Chart, ...]
     is_wide: bool = False  # it takes the whole width of a page

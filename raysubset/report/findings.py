@@ -20,7 +20,6 @@ from raysubset.report.figures import (
     finite,
     mean_metrics,
     standard_error,
-    trained_passes,
 )
 from raysubset.report.parts import Command
 
@@ -37,7 +36,6 @@ def findings(record: Record) -> Iterator[str | Note]:
             yield _compared("Fine-tuning", fine_tuning["validation"], aggregate, "the aggregate", quality)
             if record["config"]["fine_tuning"]["start"] == "reinit":
                 yield "Fine-tuning started from fresh weights: the subset stage did not go into the final model."
-        yield from _of_passes(record)
     yield from _of_batch_norm(record)
     num = record["validation"]["num_examples"]
     if standard_error(record["validation"], quality) is None:
@@ -94,14 +92,6 @@ def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) 
     """Compare the quality and loss of new with old in a sentence, on the same validation examples."""
     change = difference(new, old, quality).in_words(quality, "it helped", "it did harm")
     return f"{what}, against {than}: {change}, loss {finite(new['loss']) - finite(old['loss']):+.4f}."
-
-
-def _of_passes(record: Record) -> Iterator[str]:
-    cost = record["cost"]
-    total = cost["passes"]
-    shares = ", ".join(f"{row['stage'].replace('_', ' ')} {row['passes'] / total:.0%}" for row in cost["stages"])
-    rest = total - trained_passes(record)
-    yield f"Where the passes went: {shares}; {rest / total:.0%} of all was not training that led to the result."
 
 
 def _of_batch_norm(record: Record) -> Iterator[str]:

@@ -87,10 +87,6 @@ def _run_facts(record: Record) -> Iterator[tuple[str, str]]:
     data, model = record["data"], record["model"]
     yield "method", record["method"].replace("_", " ")
     yield "model", f"{model['name']}, {model['num_parameters']:,} parameters"
-    if record["stages"].get("rounds"):
-        ratios = record["overdetermination_ratio"]["subsets"]
-        rounds = len(record["stages"]["rounds"])
-        yield "subsets", f"{len(ratios)}, Q {min(ratios):.3g}, {rounds} round{'s' if rounds > 1 else ''}"
     splits = [f"{data[f'num_{split}']:,} {split}" for split in ("train", "validation", "test")]
     yield "data", f"{data['name']}: {', '.join(splits)}"
 

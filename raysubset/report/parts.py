@@ -11,7 +11,7 @@ from raysubset.report.drawing import Plot
 
 _NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
 _TEXT = re.compile(r"[A-Za-z]{4,}")
-_NARROW, _FIRST_COLUMN, _COLUMN_GAP = 78, 17, 2  # characters of half a page, of a first column, between columns
+_NARROW, _FEW_COLUMNS = 78, 6  # characters of a row, and columns, that fit on half a page
 
 
 class Preformatted(str):
@@ -54,11 +54,13 @@ class Section:
     @property
     def is_wide(self) -> bool:
         """Return True if the section needs more than half of a wide page's width."""
-        headings = (max(heading.split(), key=len, default="") for heading in self.columns)  # they wrap at spaces
-        cells = zip(headings, *self.rows, strict=True)
-        widths = [_COLUMN_GAP + max(min(len(cell), 30) for cell in column) for column in cells]
-        table_width = max(_FIRST_COLUMN, sum(widths[:1])) + sum(widths[1:])
-        return table_width > _NARROW or len(self.plots) > 1 or any(plot.is_wide for plot in self.plots)
+        widest = max((sum(min(len(cell), 30) + 2 for cell in row) for row in self.rows), default=0)
+        return (
+            widest > _NARROW
+            or len(self.columns) > _FEW_COLUMNS
+            or len(self.plots) > 1
+            or any(plot.is_wide for plot in self.plots)
+        )
 
 
 Column = tuple[str, Callable[[Any], str]]  # its heading, and what writes an item's cell below it

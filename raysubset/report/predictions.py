@@ -117,7 +117,7 @@ def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> Plot:
     chart.y.label = "label"
     chart.x = Axis("predicted", ticks=chart.y.ticks, low=-0.5, high=num - 0.5)
     caption = f"Confusion matrix of the final model on {int(counts.sum()):,} test examples."
-    return Plot("confusion", caption, (chart,), is_wide=num > 10)
+    return Plot(caption, (chart,), is_wide=num > 10)
 
 
 def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
@@ -213,7 +213,7 @@ def residuals_plot(predictions: pa.Table, outputs: Sequence[str]) -> Plot:
         f"Predictions of the final model over the truth, {len(shown):,} of {len(predictions):,} test examples."
         f"{f' {left_out} more outputs are left out.' if left_out else ''}"
     )
-    return Plot("residuals", caption, tuple(charts), is_wide=len(charts) > 1)
+    return Plot(caption, tuple(charts), is_wide=len(charts) > 1)
 
 
 def worst_predictions(predictions: pa.Table, outputs: Sequence[str]) -> Section:

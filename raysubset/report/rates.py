@@ -52,12 +52,9 @@ def rate_sections(
     )
     candidates = [f"{factor * suggested:.2g}" for factor in _AROUND]
     beside = Command(comparison_beside(config, "--learning-rates", *candidates, quality=quality))
-    return [
-        Section("A learning rate to begin with", lines=(suggestion, worth, beside)),
-        Section(
-            "Loss while training", ("learning rate", loss, ""), _curve(rates, losses), plots=(_plot(rate_range, loss),)
-        ),
-    ]
+    columns, plot = ("learning rate", loss, ""), _plot(rate_range, loss)
+    curve = Section("Loss while training", columns, _curve(rates, losses), plots=(plot,))
+    return [Section("A learning rate to begin with", lines=(suggestion, worth, beside)), curve]
 
 
 def write_rates(parts: Sequence[Section], path: str, config: Mapping[str, Any]) -> str:
@@ -74,9 +71,8 @@ def _plot(rate_range: "RateRange", loss: str) -> Plot:
     if not _hardly_fell(rate_range):
         ends = [(rate_range.suggested, end(rate_range.losses)) for end in (min, max)]
         chart.line(ends, GOOD, f"suggested: {rate_range.suggested:g}", dash="2 4")
-    return Plot(
-        "rates", f"Mean loss over {rate_range.steps_a_rate} step(s) at each rate, one rate after another.", (chart,)
-    )
+    caption = f"Mean loss over {rate_range.steps_a_rate} step(s) at each rate, one rate after another."
+    return Plot(caption, (chart,))
 
 
 def _hardly_fell(rate_range: "RateRange") -> bool:
@@ -86,10 +82,7 @@ def _hardly_fell(rate_range: "RateRange") -> bool:
 
 def _curve(rates: Sequence[float], losses: Sequence[float]) -> tuple[tuple[str, ...], ...]:
     """Return a row for each rate, with a bar that begins a little below the least loss."""
-    least = min(losses)
-    lowest = least - 0.1 * (losses[0] - least)
+    lowest = 1.1 * min(losses) - 0.1 * losses[0]
     scale = _WIDTH / ((losses[0] - lowest) or 1.0)
-    lengths = [min(_WIDTH + 1, max(1, round(scale * (loss - lowest)))) for loss in losses]
-    return tuple(
-        (f"{rate:.3g}", f"{loss:.4f}", "█" * length) for rate, loss, length in zip(rates, losses, lengths, strict=True)
-    )
+    bars = ("█" * min(_WIDTH + 1, max(1, round(scale * (loss - lowest)))) for loss in losses)
+    return tuple((f"{rate:.3g}", f"{loss:.4f}", bar) for rate, loss, bar in zip(rates, losses, bars, strict=True))

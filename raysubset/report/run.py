@@ -29,14 +29,7 @@ from raysubset.report.figures import (
 )
 from raysubset.report.findings import findings, next_commands
 from raysubset.report.parts import Column, Command, Line, Section, drawn, table
-from raysubset.report.run_plots import (
-    aggregation_losses,
-    costs_by_stage,
-    gap_over_q,
-    minima_losses,
-    rounds_losses,
-    story,
-)
+from raysubset.report.run_plots import costs_by_stage, gap_over_q, minima_losses, story
 
 MOST_ROWS = 12  # minima or rounds that get a row each
 
@@ -65,7 +58,7 @@ def measured(record: Record) -> Iterator[Section]:
     yield _stages(record)
     if rounds:
         if len(rounds) > 1:
-            yield _rounds(record, rounds)
+            yield _rounds(rounds, quality_of(record))
         yield _minima(record, rounds)
         yield _aggregation(record, rounds[-1])
         if rounds[-1]["aggregation"]["candidates"]:
@@ -73,14 +66,11 @@ def measured(record: Record) -> Iterator[Section]:
     yield _costs(record)
 
 
-_OF_A_STAGE = {  # rows of the recipe's table that every stage has, by the fields of its MinimizeConfig
-    "optimizer": "optimizer",
-    "epochs": "epochs",
-    "batch_size": "batch size",
-    "schedule": "schedule",
-    "weight_decay": "weight decay",
-}
-_OF_A_LOOP = {"loop": "loop", "epochs": "epochs", "batch_size": "batch size"}  # of a user's own: it reads what it likes
+# Rows of the recipe's table that every stage has, and those of a user's own loop, which reads what it likes
+_OF_A_STAGE, _OF_A_LOOP = (
+    ("optimizer", "epochs", "batch_size", "schedule", "weight_decay"),
+    ("loop", "epochs", "batch_size"),
+)
 
 
 def recipe(record: Record) -> Section:
@@ -97,17 +87,13 @@ def recipe(record: Record) -> Section:
             history = work["history"] if stage == "conventional" else ()
             recipes[stage] = config.stage(stage, epochs=history[-1]["epoch"] if history else None)
     settings = [flatten(asdict(recipe)) for recipe in recipes.values()]
-    of_a_stage = _OF_A_STAGE if config.minimize.loop is None else _OF_A_LOOP
-    rows = [(name, *(_setting(values[key]) for values in settings)) for key, name in of_a_stage.items()]
-    if of_a_stage is _OF_A_STAGE:
-        has_rate = [recipe.learning_rate or not recipe.has_own_optimizer for recipe in recipes.values()]
-        rates = zip(recipes.values(), has_rate, strict=True)
-        shown = (f"{recipe.peak_learning_rate():g}" if known else "its own" for recipe, known in rates)
-        rows.insert(1, ("learning rate, peak", *shown))
+    keys = list(_OF_A_STAGE if config.minimize.loop is None else _OF_A_LOOP)
     for key, default in flatten(asdict(MinimizeConfig())).items():
-        values = [setting[key] for setting in settings]
-        if key not in (*_OF_A_STAGE, "learning_rate", "loop") and any(value != default for value in values):
-            rows.append((key.replace("_", " "), *map(_setting, values)))
+        is_usual = key in (*_OF_A_STAGE, "learning_rate", "loop") or all(values[key] == default for values in settings)
+        keys += [] if is_usual else [key]
+    rows = [(key.replace("_", " "), *(_setting(values[key]) for values in settings)) for key in keys]
+    if config.minimize.loop is None:
+        rows.insert(1, ("learning rate, peak", *map(_rate, recipes.values())))
     minima = rounds[-1]["minima"] if rounds else []
     sizes = sorted({minimum["num_examples"] for minimum in minima})
     of_subsets = " to ".join(f"{size:,}" for size in dict.fromkeys([*sizes[:1], *sizes[-1:]]))
@@ -131,6 +117,11 @@ def _config(record: Record) -> Config | None:
         return Config.from_dict(record["config"])
     except ValueError:
         return None
+
+
+def _rate(recipe: MinimizeConfig) -> str:
+    is_own = recipe.has_own_optimizer and not recipe.learning_rate
+    return "its own" if is_own else f"{recipe.peak_learning_rate():g}"
 
 
 def _setting(value: Any) -> str:
@@ -214,27 +205,20 @@ def _stages(record: Record) -> Section:
         ("examples/s", of_cost(examples_per_s)),
     )
     lines = [
+        f"{f'Losses and qualities are of round {len(rounds)}, costs of all rounds. ' if len(rounds) > 1 else ''}"
         "A pass is forward and backward over as many examples as the training set has, forward alone "
-        f"{record['model']['forward_share']:.2f} of one in this network. "
-        "Critical path: if every subset had a device of its own; of n workers each does 1/n. Examples/s: of a device, "
-        "forward and backward, evaluation counted by its share, start-up of a stage's processes included."
+        f"{record['model']['forward_share']:.2f} of one in this network. Critical path: if every subset had a device "
+        "of its own; of n workers each does 1/n. Examples/s: of a device, with the start of its processes. Training: "
+        "without augmentation, subsets on their own examples, others on the training set or a sample of it."
     ]
-    if rounds:
-        lines.append(
-            "Training columns: subsets on their own examples, the others on the training set or a sample of it; all "
-            "without augmentation."
-        )
-    if len(rounds) > 1:
-        lines.insert(0, f"Costs are of all rounds, losses and qualities of round {len(rounds)}.")
-    curves = training_plot("training", "of each stage", [("", run_stages([record]))], loss=loss_name(record))
+    curves = training_plot("of each stage", [("", run_stages([record]))], loss=loss_name(record))
     return table("Stages", rows, columns, lines, [curves])
 
 
 _WITHOUT_TRAINING = {"test": "test", "measuring of speeds": "measuring"}  # rows of stages that only cost
 
 
-def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
-    quality = quality_of(record)
+def _rounds(rounds: Sequence[Record], quality: Quality) -> Section:
     measured_rounds = [round for round in rounds if round["aggregation"]["validation"]]
     shown = measured_rounds[-MOST_ROWS:]
     columns = (
@@ -249,7 +233,7 @@ def _rounds(record: Record, rounds: Sequence[Record]) -> Section:
         lines.append(f"The first {left_out} of the measured rounds are in report.json.")
     if unmeasured := len(rounds) - len(measured_rounds):
         lines.append(f"{unmeasured} of {len(rounds)} rounds were not measured (rounds.evaluate_every).")
-    return table(f"Rounds, validation loss and {quality.name}", shown, columns, lines, [rounds_losses(record)])
+    return table(f"Rounds, validation loss and {quality.name}", shown, columns, lines)
 
 
 def _mean_member(aggregation: Record, quality: Quality) -> Record:
@@ -289,9 +273,7 @@ def _minima(record: Record, rounds: Sequence[Record]) -> Section:
         outcomes = ", ".join(f"{num} × {name}" for name, num in Counter(m["outcome"] for m in minima).items())
         picks = (("mean", fmean, outcomes), ("least", min, ""), ("greatest", max, ""))
         rows = [(f"{name} of {len(minima)}", pick, minima, outcome) for name, pick, outcome in picks]
-    lines = [
-        "The gap is validation loss less the loss on the minimum's own subset, both measured without augmentation."
-    ]
+    lines = ["The gap is validation loss less own loss, that on the minimum's subset, both without augmentation."]
     if slots := record["decisions"].get("slots"):
         speeds = ", ".join(f"{kind} {speed:.4g}" for kind, speed in {s["kind"]: s["speed"] for s in slots}.items())
         lines.append(
@@ -300,8 +282,7 @@ def _minima(record: Record, rounds: Sequence[Record]) -> Section:
         )
     if has_law:
         lines.append(
-            "(Q+1)/(Q-1) is the ratio that least squares has at its exact minimum and with fixed inputs; a network "
-            "that stopped before its minimum may have another."
+            "(Q+1)/(Q-1) is the ratio of least squares at its exact minimum and with fixed inputs; others may differ."
         )
     title = "Minima" if len(rounds) == 1 else f"Minima of round {len(rounds)}"
     return table(title, rows, columns, lines, [minima_losses(record), gap_over_q(record)])
@@ -339,7 +320,7 @@ def _aggregation(record: Record, last: Record) -> Section:
         lines.append(Note(text, is_warning=True))
     title = "Aggregation" if not last["round"] else f"Aggregation of round {last['round'] + 1}"
     columns = [("on validation data", lambda row: row[0]), *_loss_and_quality("loss", quality, lambda row: row[1])]
-    return table(title, models.items(), columns, lines, [aggregation_losses(record)])
+    return table(title, models.items(), columns, lines)
 
 
 def _candidates(aggregation: Record, quality: Quality) -> Section:
@@ -355,8 +336,7 @@ def _candidates(aggregation: Record, quality: Quality) -> Section:
     )
     lines = (
         *(f"{candidate['method']} was refused: {candidate['error']}" for candidate in candidates if candidate["error"]),
-        "Forward examples and seconds are of building and scoring a candidate; the subsets' actors computed the "
-        "statistics that fisher and regmean need, which are counted there.",
+        "Costs are of building and scoring a candidate; statistics for fisher and regmean are the subsets' work.",
     )
     return table("Candidates", candidates, columns, lines)
 

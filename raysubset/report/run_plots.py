@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from raysubset.quality import quality_of
 from raysubset.report.curves import STAGE_COLOURS, VALIDATION, draw_validation, run_stages
-from raysubset.report.drawing import COLOURS, GOOD, GREY, Axis, Chart, Plot
+from raysubset.report.drawing import COLOURS, GREY, Axis, Chart, Plot
 from raysubset.report.figures import Record, finite, is_least_squares, loss_name
 
 TRAINING = COLOURS[0]  # colour of losses on training data, in every plot
@@ -37,7 +37,7 @@ def story(record: Record, rival: Record | None = None) -> Plot | None:
         chart.across(value, COLOURS[0], label, dash="7 4", width=2)
     chart.x.low = 0
     caption = f"Validation {quality.name} wherever it was measured; bars: the least and the greatest of the minima."
-    return Plot("story", caption, (chart,))
+    return Plot(caption, (chart,))
 
 
 def minima_losses(record: Record) -> Plot | None:
@@ -59,7 +59,7 @@ def minima_losses(record: Record) -> Plot | None:
         f"Loss of each minimum of round {len(rounds)} on its own subset and on validation data; at the right and "
         "dotted the aggregate's, on the training set (or a sample of it) and on validation data."
     )
-    return Plot("minima", caption, (chart,))
+    return Plot(caption, (chart,))
 
 
 def gap_over_q(record: Record) -> Plot | None:
@@ -89,56 +89,11 @@ def gap_over_q(record: Record) -> Plot | None:
         chart.line([(q, (q + 1) / (q - 1)) for q in qs], VALIDATION, "(Q+1)/(Q−1)")
         about_law = " The line is the ratio of least squares at its exact minimum and with fixed inputs: (Q+1)/(Q−1)."
     caption = f"Validation loss of each of {len(points)} minima over the loss on its own subset, by Q; dotted: no gap."
-    return Plot("gap", caption + about_law, (chart,))
+    return Plot(caption + about_law, (chart,))
 
 
 def _validation_label(record: Record) -> str:
     return "validation loss" if (name := loss_name(record)) == "loss" else f"validation loss, {name}"
-
-
-def aggregation_losses(record: Record) -> Plot | None:
-    """Draw the validation losses of members, ensemble, candidates and aggregate; None if there is a single member."""
-    last = record["stages"]["rounds"][-1]
-    if len(last["minima"]) < 2:
-        return None
-    aggregation = last["aggregation"]
-    method = aggregation["method"]
-    rows = [
-        ("mean member", aggregation["mean_member_loss"], GREY),
-        ("best member", aggregation["best_member"]["loss"], GREY),
-        ("ensemble", aggregation["ensemble"]["loss"], GREY),
-        ("plain mean", aggregation["uniform_mean"]["loss"], COLOURS[0]),
-    ]
-    rows += [
-        (candidate["method"], candidate["validation"]["loss"], COLOURS[0])
-        for candidate in aggregation["candidates"]
-        if candidate["validation"] and candidate["method"] not in (method, "uniform_soup")
-    ]
-    rows.append((f"taken: {method}", aggregation["validation"]["loss"], GOOD))
-    chart = Chart(_validation_label(record), "", size=(400, 50 + 22 * len(rows)))
-    chart.name_rows([name for name, *_ in rows])
-    for place, (name, value, colour) in enumerate(rows):
-        chart.points([(finite(value), place)], colour, name, is_named=False)
-    caption = (
-        "Validation loss of the members and their ensemble (grey), of each way to aggregate them (blue) and of the one "
-        "taken (green); what is not finite is left out."
-    )
-    return Plot("aggregation", caption, (chart,))
-
-
-def rounds_losses(record: Record) -> Plot | None:
-    """Draw the validation loss after each measured round; None if fewer than two were measured."""
-    rounds = [round for round in record["stages"]["rounds"] if round["aggregation"]["validation"]]
-    if len(rounds) < 2:
-        return None
-    chart = Chart("round", _validation_label(record), log="y")
-    chart.x.is_whole = True
-    members = [("mean_member_loss", "mean member", GREY), ("ensemble", "ensemble", COLOURS[2])]
-    for key, label, colour in [*members, ("validation", "aggregate", VALIDATION)]:
-        values = [(round["round"] + 1, round["aggregation"][key]) for round in rounds]
-        losses = [(number, finite(value["loss"] if isinstance(value, dict) else value)) for number, value in values]
-        chart.line(losses, colour, label, marker="o" if len(losses) < 30 else "")
-    return Plot("rounds", "Validation loss after each round: members, their ensemble, their aggregate.", (chart,))
 
 
 def costs_by_stage(record: Record) -> Plot | None:
@@ -159,7 +114,7 @@ def costs_by_stage(record: Record) -> Plot | None:
                 chart.bar(place + shift, 0, row[key], COLOURS[number], label, height=0.36, tip=tip)
         charts.append(chart)
     caption = "Where the passes and the seconds went: each stage's passes on both clocks, its device and wall seconds."
-    return Plot("costs", caption, tuple(charts))
+    return Plot(caption, tuple(charts))
 
 
 def line_plot(record: Record, line: Sequence[Record], subset_ids: Sequence[int]) -> Plot:
@@ -175,4 +130,4 @@ def line_plot(record: Record, line: Sequence[Record], subset_ids: Sequence[int])
         f"Loss on {line[0]['num_examples']:,} validation examples along the straight line between two minima of the "
         "last round; batch-norm statistics recomputed at each point. A hump is a barrier: their mean lies on it."
     )
-    return Plot("line", caption, (chart,))
+    return Plot(caption, (chart,))

@@ -7,8 +7,7 @@ from typing import Any
 from raysubset.config import flatten
 from raysubset.events import Note
 from raysubset.quality import quality_of
-from raysubset.report.curves import quality_chart, run_stages, training_plot
-from raysubset.report.drawing import Plot, colour_of
+from raysubset.report.curves import run_stages, training_plot
 from raysubset.report.figures import (
     Record,
     difference,
@@ -92,8 +91,8 @@ def several_sections(records: Sequence[Record]) -> list[Section]:
         (key, *cells) for key in keys if len(set(cells := [_value(config, key) for config in configs])) > 1
     )
     panels = [(name, run_stages([record])) for name, record in zip(names, records, strict=True)]
-    curves = training_plot("training_of_runs", "of each run", panels, loss="loss")
-    runs = Section("Runs side by side", ("", *names), rows, tuple(lines), drawn(_quality(records), curves))
+    curves = training_plot("of each run", panels, loss="loss")
+    runs = Section("Runs side by side", ("", *names), rows, tuple(lines), drawn(curves))
     if different:
         return [runs, Section("Settings that differ", ("", *names), different)]
     return [runs, Section("Settings that differ", lines=("None but name and place.",))]
@@ -132,17 +131,3 @@ def _verdict(records: Sequence[Record]) -> str:
         return f"{text}, the fewest of all."
     noise = ", which is within the noise" if difference(best["test"], cheapest["test"], quality).is_noise else ""
     return f"{text}; {cheapest_name} paid least, {cheapest['cost']['passes']:.2f} passes, for {low}{noise}."
-
-
-def _quality(records: Sequence[Record]) -> Plot:
-    names, quality = _names(records), quality_of(records[0])
-    colours, charts = colour_of(names), []
-    for label, key in (("passes in total", "passes"), ("passes on the critical path", "critical_path_passes")):
-        runs = []
-        for name, record in zip(names, records, strict=True):
-            error = finite(standard_error(record["test"], quality))
-            points = [(record["cost"][key], finite(record["test"][quality.name]), error)]
-            runs.append((name, points, {"colour": colours[name], "marker": "o"}))
-        charts.append(quality_chart(label, quality, runs))
-    caption = f"Test {quality.name} over passes, with its standard error if that is known."
-    return Plot("runs_quality", caption, tuple(charts), is_wide=True)

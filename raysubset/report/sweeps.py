@@ -8,7 +8,7 @@ from operator import itemgetter
 from raysubset.quality import quality_of
 from raysubset.report.commands import command
 from raysubset.report.curves import run_stages, training_plot
-from raysubset.report.drawing import COLOURS, GOOD, GREY, Chart, Plot
+from raysubset.report.drawing import COLOURS, GREY, Chart, Plot
 from raysubset.report.figures import Record, formatted, loss_name
 from raysubset.report.parts import Column, Command, Section, table
 
@@ -167,15 +167,12 @@ def sweep_plot(record: Record) -> Plot | None:
     has_one_ratio = all(math.isclose(s["overdetermination_ratio"], ratio * s["subset_size"]) for s in drawn)
     for chart in charts:
         chart.above = ("Q", ratio) if has_one_ratio else None
-        if record["recommended"] is not None:
-            size = record["settings"][record["recommended"]]["subset_size"]
-            chart.upright(size, GOOD, alpha=0.3, width=7, dash="")
     num_seeds = statistics.median(setting["num_seeds"] for setting in drawn)
     caption = (
-        f"By subset size, n = {num_seeds:g} seeds, bars: standard error over seeds; green: recommended; dashed passes: "
-        "critical path; grey: conventional training, if it was run, dotted on test data."
+        f"By subset size, n = {num_seeds:g} seeds, bars: standard error over seeds; dashed passes: critical path; "
+        " grey: conventional training, if it was run, dotted on test data."
     )
-    return Plot("sweep", caption, charts, is_wide=True)
+    return Plot(caption, charts, is_wide=True)
 
 
 def _line(
@@ -206,7 +203,6 @@ def training_of_settings(record: Record, reports: Mapping[str, Record]) -> Plot 
     panels = [panel for _, panel in sorted(panels, key=itemgetter(0))]
     names, num = {loss_name(report) for report in reports.values()}, len(panels)
     return training_plot(
-        "training_of_settings",
         f"of the best {_MOST_SETTINGS} of {num} settings"
         if num > _MOST_SETTINGS
         else "of each setting, the best first",

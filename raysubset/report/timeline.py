@@ -94,7 +94,7 @@ def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
     charts = [chart]
     if queue:
         below = Chart(chart.x.label, "waiting", size=(960, 110))
-        chart.x.label, below.y.low, below.y.is_whole = "", 0, True
+        chart.x.label, below.y.low = "", 0
         steps = pairwise([(begun, 0), *queue, (ended, 0)])
         corners = [(moment - begun, num) for (start, num), (end, _) in steps for moment in (start, end)]
         below.line(corners, GREY, "pieces of work that wait", is_named=False)
@@ -108,7 +108,7 @@ def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
         "attempt. Grey: nothing was at work, while Ray or its processes started or ended. The curve below, if work had "
         f"to wait for room: the pieces that waited.{f' {left_out} more rows are left out.' if left_out > 0 else ''}"
     )
-    return Plot("time_line", caption, tuple(charts), is_wide=True)
+    return Plot(caption, tuple(charts), is_wide=True)
 
 
 def _bar(chart: Chart, row: int, work: Work, begun: float, colour: str) -> None:
