@@ -9,7 +9,6 @@ import copy
 import io
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +52,6 @@ class Patience:
         """Set the name of the storage. It is shown in messages, so it must hold no secrets."""
         self.name, self.has_answered = name, has_answered
         self._silent_since: float | None = None
-        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(Patience, has_answered=True), (self.name,)
@@ -93,11 +91,9 @@ class Patience:
     def _note_silence(self, error: OSError) -> None:
         """Log the first failure as a warning. Raise StorageLost after PATIENCE_S."""
         now, cause = time.monotonic(), _BEFORE_CAUSE.sub("", first_line(error))[:_MOST_CHARACTERS].rstrip(":;. ")
-        with self._lock:
-            since = self._silent_since
-            if since is None:  # another thread may get an answer between any two lines
-                self._silent_since = now
+        since = self._silent_since  # another thread may get an answer between any two lines
         if since is None:
+            self._silent_since = now
             text = "storage %s does not answer (%s): trying again for up to %.0f s"
             logger.warning(text, self.name, cause, PATIENCE_S)
         elif now - since > PATIENCE_S:
