@@ -122,7 +122,9 @@ def _connection(address: str, *, head_s: float) -> Iterator[None]:
         log.info("connected to Ray in %.1f s", time.perf_counter() - start_s)
         if "://" not in address:
             context = ray.get_runtime_context()
-            watched = context.gcs_address, _raylet_address(context.get_node_id()), head_s, stop
+            node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+            raylet_address = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+            watched = context.gcs_address, raylet_address, head_s, stop
             threading.Thread(target=watch_head, args=watched, daemon=True, name="raysubset-head").start()
         yield
     finally:
@@ -169,11 +171,6 @@ def watch_head(address: str, raylet_address: str, limit_s: float, stop: threadin
                     text = f"{process} does not answer ({error})"
                     log.critical("the Ray cluster is lost: %s. Finished work is kept, the same command resumes", text)
                     os._exit(1)  # threads that wait for Ray would wait on
-
-
-def _raylet_address(node_id: str) -> str:
-    node = next(node for node in ray.nodes() if node["NodeID"] == node_id)
-    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
 
 
 def _refuse_other_cluster(address: str | None) -> None:

@@ -149,8 +149,8 @@ class Crew:
             num_later: packs that will be queued later, as far as is known: actors that are starting stay for them.
         """
         num_packs = len(self.busy) + num_queued
-        if num_packs > self.num_up:
-            self._count_places()
+        if num_packs > self.num_up and (now := time.monotonic()) - self._counted_at >= WAIT_NOTICE_S:
+            self._num_places, self._counted_at = num_slots(self.request, startable=True), now
         most, slots = self._config.actors.max_num, self.slots
         wanted = num_wanted(num_packs, num_up=self.num_up, num_places=self._num_places, most=most)
         pack_s = max((self._pack_s, *(time.time() - slot.submitted_at for slot in self.busy.values())))
@@ -166,10 +166,6 @@ class Crew:
             spare = [*([] if num_later else last_first), *self.idle[int(min(keep, len(self.idle))) :]]
             for slot in spare[: len(slots) - wanted]:
                 self.release(slot)
-
-    def _count_places(self) -> None:
-        if (now := time.monotonic()) - self._counted_at >= WAIT_NOTICE_S:
-            self._num_places, self._counted_at = num_slots(self.request, startable=True), now
 
     def _start(self, preferred: int | None) -> None:
         strategy = OUTSIDE_GROUPS if preferred is None else preferably_on(self._preferred_nodes[preferred])

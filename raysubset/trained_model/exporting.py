@@ -235,20 +235,16 @@ def _predict_image_files(
             )
             yield from _predict_images(model, inputs, encoded, [*map(Prediction, files)], num_classes)
             continue
+        config = RunDirectory.at(directory).recorded_config() or {}
+        column = config.get("data", {}).get("image_column", DataConfig.image_column)  # that training read
         for path in members:
             try:
-                images = read_image_rows(path, _image_column(directory), image_size=_side(inputs))
+                images = read_image_rows(path, column, image_size=_side(inputs))
             except ValueError as error:
                 yield _unreadable(path, error)
                 continue
             places = [Prediction(path, row=row) for row in range(len(images))]
             yield from _predict_images(model, inputs, images, places, num_classes)
-
-
-def _image_column(directory: str) -> str:
-    """Return the column from which the run read its images if they were in a table."""
-    config = RunDirectory.at(directory).recorded_config() or {}
-    return config.get("data", {}).get("image_column", DataConfig.image_column)
 
 
 def _predict_images(
