@@ -60,13 +60,14 @@ def use_token_of(address: str) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
         _read_environment_again()
     mode = os.environ["RAY_AUTH_MODE"].lower()
+    # Ray looks for a token in the first of these places that is set
+    source = "RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else os.environ.get("RAY_AUTH_TOKEN_PATH")
+    source = source or "~/.ray/auth_token"
     if mode == "token" and not _has_token():
-        raise ValueError(f"no token for the Ray cluster at {address}: {_token_source()} has none; {_WAY_OUT}")
-    if not _is_refused(address):
-        return
-    if mode == "token":
-        raise ValueError(f"the Ray cluster at {address} has another token than {_token_source()}; {_WAY_OUT}")
-    raise ValueError(f"the Ray cluster at {address} asks for a token, but RAY_AUTH_MODE={mode}; {_WAY_OUT}")
+        raise ValueError(f"no token for the Ray cluster at {address}: {source} has none; {_WAY_OUT}")
+    if _is_refused(address):
+        flaw = f"has another token than {source}" if mode == "token" else f"asks for a token, but RAY_AUTH_MODE={mode}"
+        raise ValueError(f"the Ray cluster at {address} {flaw}; {_WAY_OUT}")
 
 
 def _read_environment_again() -> None:
@@ -79,13 +80,6 @@ def _has_token() -> bool:
         return AuthenticationTokenLoader.instance().has_token()
     except exceptions.AuthenticationError:  # there is no token, or no file at RAY_AUTH_TOKEN_PATH
         return False
-
-
-def _token_source() -> str:
-    """Return where Ray looks for a token: the first place that is set."""
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return "RAY_AUTH_TOKEN"
-    return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
 def _is_refused(address: str) -> bool:

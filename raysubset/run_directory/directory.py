@@ -580,10 +580,10 @@ class RunDirectory:
                 "those that it began with: choose another --name, or start over with --fresh"
             )
         changes = identity.changed(old)
-        accepted = [text for text in changes if accept_changed_code and text.startswith("code")]
-        if accepted:
-            logger.warning("%s: %s; finished work stays as it is", self.uri, accepted[0])
-        if not (changes := [text for text in changes if text not in accepted]):
+        if accept_changed_code and (code_changes := [text for text in changes if text.startswith("code")]):
+            logger.warning("%s: %s; finished work stays as it is", self.uri, code_changes[0])
+            changes = [text for text in changes if text not in code_changes]
+        if not changes:
             return
         moved_names = [f"{name} was {at}" for name, at in old.places.items() if identity.places.get(name, at) != at]
         places = f"; {', '.join(moved_names)}" if moved_names else ""
