@@ -25,6 +25,7 @@ from raysubset.run_directory import (
     RunDirectory,
     aggregate_path,
     aggregate_weights_path,
+    checkpoint_path,
     minimum_folder,
     optimizer_path,
     subsamples_folder,
@@ -314,6 +315,32 @@ def test_what_no_training_changes_is_moved_once_for_each_process_and_the_weights
     whole, _ = run_of(config, tmp_path / "whole")
     assert same_bits(start.leg.output.weights(), whole)
     assert not (tmp_path / "whole" / "run" / "frozen").exists()
+
+
+@pytest.mark.parametrize("of_seed", [True, False])
+def test_checkpoints_leave_out_what_no_training_changes_and_resume_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_seed: bool
+) -> None:
+    config = config_of(minimize__epochs=6.0, model__name="tests.test_rounds:adapter", model__width=None)
+    config = config.with_overrides({"minimize.validate_every": 1, "minimize.patience": 5, "rounds.num": 1})
+    full_set = cached(*config.learned)
+    start = None if of_seed else seeded_model(config, full_set).state_dict()
+
+    def minimized(name: str, *, stop_at: int | None = None) -> Piece:
+        minimizer, directory = Minimizer(lambda: full_set, num_gpus=0, node="here"), RunDirectory(str(tmp_path), name)
+        listen = lambda _: lambda progress: progress.step == stop_at and minimizer.request_stop()  # noqa: E731
+        monkeypatch.setattr(minimizer, "_listener", listen)
+        piece = Piece(config, directory, "subsets", subset_id=0)
+        minimizer.minimize([piece], start, attempts=[0], waited_s=0.0)
+        return piece
+
+    whole, stopped = minimized("whole"), minimized("stopped", stop_at=5)
+    path = checkpoint_path(stopped.folder, 0)
+    state = stopped.directory.read_checkpoint(path)
+    for weights in (state["model"], state["best"]["model"], state["best_validated"]["model"]):
+        assert weights.keys() == {"head.weight", "head.bias"}
+    assert minimized("stopped").record() is not None
+    assert same_bits(stopped.output.weights(), whole.output.weights())
 
 
 def test_checkpoints_within_a_round_are_forecast_but_for_their_histories(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from raysubset.planning import Plan
 from raysubset.run_directory import FROZEN_FOLDER, RunDirectory, optimizer_path, weights_path
 from raysubset.run_directory.ledger import Ledger
 from raysubset.training import Weights, ensemble_sample, num_steps_per_epoch
-from raysubset.work import Minimizer, Piece, seeded_model, unchanged_names
+from raysubset.work import Minimizer, Piece, fixed_weights, seeded_model
 
 _WITH_RATES = ("sgd", "adam", "adamw", "muon")
 _FEW = 8  # examples of the one member's subset
@@ -60,7 +60,7 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
         checkpoint = (work.num_network_bytes - sum(file_sizes.values())) // max(1, work.cost.num_steps - 1)
         file_sizes = {path: size for path, size in file_sizes.items() if not path.startswith(FROZEN_FOLDER)}
         minimum, state = file_sizes.pop(weights_path(piece.folder)), file_sizes.pop(optimizer_path(piece.folder), 0)
-        frozen_names = unchanged_names(weights, averaged_names(model), lambda: weights)
+        frozen_names = fixed_weights(weights, averaged_names(model))
         whole, momentum, outputs = (
             _written_size(directory, tensors, frozen_names)
             for tensors in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})

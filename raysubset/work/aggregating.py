@@ -17,7 +17,7 @@ from raysubset.training import Weights, device_name, place, use_device
 from raysubset.work.calibration import calibration_examples
 from raysubset.work.networks import Networks
 from raysubset.work.pieces import AggregatePiece, Piece
-from raysubset.work.starting import unchanged_names
+from raysubset.work.starting import fixed_weights, unchanged_names
 
 
 def leave_aggregate(
@@ -69,7 +69,7 @@ def leave_aggregate(
         )
         path = piece.output.weights_path
         weights = aggregation.aggregate.weights
-        files = directory.write_apart(path, weights, unchanged_names(weights, averaged, lambda: start))
+        files = directory.write_apart(path, weights, unchanged_names(weights, fixed_weights(start, averaged)))
         if momentum:
             files[momentum_path(round)] = directory.write_weights(momentum_path(round), momentum)
         if piece.averages_optimizers:

@@ -1,7 +1,7 @@
 """Minimizer: does pieces of work in this process, each from its newest checkpoint to its minimum."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -57,7 +57,7 @@ from raysubset.training import (
 )
 from raysubset.work.networks import Networks
 from raysubset.work.pieces import Piece, Report, TrialPiece
-from raysubset.work.starting import seeded_model, unchanged_names
+from raysubset.work.starting import fixed_weights, seeded_model, unchanged_names
 from raysubset.work.trained import distillation_of, evaluate_together, leave_trained, leaves_out
 
 MOST_KEPT_BYTES = 2**28  # of optimizer states that a process has in memory beside their files
@@ -69,6 +69,7 @@ class _Job:
 
     piece: Piece
     start: Weights | None  # None: of a seed, and needed no more
+    fixed: Weights  # of the start's, those that training usually leaves as they are
     work: Work
     model: torch.nn.Module
     examples: Examples | StreamedExamples
@@ -81,6 +82,11 @@ class _Job:
     beat_at: float  # the time of its ledger entry's last heartbeat
     watch: ValidationWatch | None = None
     validation_cost: Cost = field(default_factory=Cost)  # of the watch
+
+    def changed(self, weights: Weights) -> Weights:
+        """Return the weights without those that are the start's."""
+        names = unchanged_names(weights, self.fixed)
+        return {name: tensor for name, tensor in weights.items() if name not in names}
 
 
 class Minimizer:
@@ -271,6 +277,8 @@ class Minimizer:
         """Put the piece's model and examples on the device, and read its newest checkpoint."""
         config = self._config
         model, examples = self._placed(piece, start, device, place_in_pack)
+        fixed = fixed_weights(start or model.state_dict(), averaged_names(model))
+        fixed = {name: tensor.detach().to("cpu", copy=not start) for name, tensor in fixed.items()}
         num_before = moved_bytes()
         newest, optimizer_state = self._run.newest_checkpoint(piece.folder), None
         if self._shard.num > 1:
@@ -283,12 +291,14 @@ class Minimizer:
         recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
         state = newest[1] if newest and not starts_over(recipe, newest[1]) else None
+        if state and fixed:
+            state = _with_weights(state, lambda weights: fixed | weights)
         if state and isinstance(own_states := state.get("own"), list):  # one for each worker
             state["own"] = own_states[self._shard.rank] if self._shard.rank < len(own_states) else {}
         last_step = state["position"][1] if state else 0
         now = time.perf_counter()
         steps = every_steps, last_step
-        job = _Job(piece, start, work, model, examples, recipe, state, optimizer_state, *steps, now, now)
+        job = _Job(piece, start, fixed, work, model, examples, recipe, state, optimizer_state, *steps, now, now)
         job.watch = self._watch(job)
         return job
 
@@ -429,6 +439,8 @@ class Minimizer:
         if is_saved:
             state |= job.watch.state_dict() if job.watch else {}
             if now or not starts_over(job.recipe, state):  # a checkpoint does not help a loop that starts over
+                if job.fixed:
+                    state = _with_weights(state, job.changed)
                 self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
             job.last_step, job.last_at = progress.step, time.perf_counter()
             beat()
@@ -449,7 +461,15 @@ class Minimizer:
             assert job.watch is not None
             shard, syncs = self._shard, self._syncs_batch_norm(device)
             record, measured = leave_trained(
-                job.model, full_set, piece, job.watch, result.outcome, device, shard=shard, syncs_batch_norm=syncs
+                job.model,
+                full_set,
+                piece,
+                job.watch,
+                result.outcome,
+                device,
+                fixed=job.fixed,
+                shard=shard,
+                syncs_batch_norm=syncs,
             )
         else:
             record, measured = self._leave_minimum(job, full_set, result.outcome)
@@ -496,12 +516,9 @@ class Minimizer:
         recipe, run, folder = self._config.minimize, self._run, piece.folder
         subset_examples = replace(examples, augment=False)  # the same tensors, or files: no second copy
         weights, send = model.state_dict(), "float32" if start is None else piece.send
-        frozen: Collection[str] = ()
+        frozen = unchanged_names(weights, job.fixed)
         if start is not None and piece.send != "float32":
-            weights = to_differences(weights, start, trainable_names(model), piece.send)
-        else:
-            first = partial(seeded_model, self._config, full_set, piece.start_id)
-            frozen = unchanged_names(weights, averaged_names(model), lambda: start or first().state_dict())
+            weights, frozen = to_differences(weights, start, trainable_names(model), piece.send), frozenset()
         # A crash of the machine may cost short work, which the record's seals then show; long work is synced
         is_durable = job.state is not None or time.perf_counter() - self._started > WRITE_BACK_S
         files = run.write_apart(weights_path(folder), weights, frozen, is_durable=is_durable)
@@ -557,6 +574,13 @@ class Minimizer:
             files[path] = self._run.write_weights(path, tensors, is_durable=is_durable)
             cost += statistics_cost
         return cost
+
+
+def _with_weights(state: dict[str, Any], change: Callable[[Weights], Weights]) -> dict[str, Any]:
+    """Return a checkpoint's state with its weights changed: the current ones, and the best so far."""
+    best = {key: state[key] for key in ("best", "best_validated") if "model" in (state.get(key) or ())}
+    changed = {key: record | {"model": change(record["model"])} for key, record in best.items()}
+    return state | changed | ({"model": change(state["model"])} if "model" in state else {})
 
 
 def _sent_state(state: dict[str, Any], send: Send) -> dict[str, Any]:

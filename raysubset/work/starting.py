@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import pyarrow as pa
@@ -46,18 +46,19 @@ def random_model(config: Config, full_set: FullSet, start_id: str = "initial") -
     return new_model(config.model, full_set, seed=derive_seed(config.seed, *path))
 
 
-def unchanged_names(weights: Weights, averaged: Collection[str], start: Callable[[], Weights]) -> frozenset[str]:
-    """Return the names of weights that still equal the start's, for a file of their own, if they are worth one.
+def fixed_weights(start: Weights, averaged: Collection[str]) -> Weights:
+    """Return the start weights that training usually leaves as they are; none if they are not worth a file.
 
     Args:
-        averaged: models.averaged_names(), which training changes. All else usually stays: frozen parameters, masks.
-        start: returns the start's weights.
+        averaged: models.averaged_names(), which training changes. The rest are frozen parameters, masks and the like.
     """
-    others = {name: tensor for name, tensor in weights.items() if name not in averaged}
-    if sum(tensor.nbytes for tensor in others.values()) < _WORTH_A_FILE:
-        return frozenset()
-    first = start()
-    return frozenset(name for name, tensor in others.items() if torch.equal(tensor.cpu(), first[name]))
+    fixed = {name: tensor for name, tensor in start.items() if name not in averaged}
+    return fixed if sum(tensor.nbytes for tensor in fixed.values()) >= _WORTH_A_FILE else {}
+
+
+def unchanged_names(weights: Weights, fixed: Weights) -> frozenset[str]:
+    """Return the names of the fixed weights that are what they were."""
+    return frozenset(name for name, tensor in fixed.items() if torch.equal(weights[name].cpu(), tensor))
 
 
 def start_note(config: Config, full_set: FullSet) -> list[Note]:

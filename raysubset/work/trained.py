@@ -15,6 +15,7 @@ from raysubset.training import (
     Metrics,
     Shard,
     ValidationWatch,
+    Weights,
     evaluate,
     peak_bytes,
     place,
@@ -23,6 +24,7 @@ from raysubset.training import (
 )
 from raysubset.work.calibration import calibration_examples
 from raysubset.work.pieces import Piece
+from raysubset.work.starting import unchanged_names
 
 
 def distillation_of(piece: Piece, full_set: FullSet, device: torch.device) -> Distillation | None:
@@ -76,6 +78,7 @@ def leave_trained(
     outcome: str,
     device: torch.device,
     *,
+    fixed: Weights,
     shard: Shard,
     syncs_batch_norm: bool,
 ) -> tuple[dict[str, Any], Cost]:
@@ -101,6 +104,6 @@ def leave_trained(
         "num_workers": shard.num,
         "recomputed_batch_norm": num_refreshed > 0,
         "peak_bytes": peak_bytes(device),
-        "files": {path: piece.directory.write_weights(path, weights)},
+        "files": piece.directory.write_apart(path, weights, unchanged_names(weights, fixed)),
     }
     return record, Cost(num_forward=len(calibration) + len(validation) + num_refreshed)
