@@ -78,39 +78,27 @@ def open_tracker(name: str, config: TrackingConfig) -> Tracker:
     return MLflowRun(config.uri) if name == "mlflow" else WandbRun()
 
 
-class _Follower:
-    """Runs jobs for one tracker, in the order of calls and in a thread that dies with the process."""
+class _Follower(threading.Thread):
+    """Does jobs for one tracker in their order, in a thread that dies with the process."""
 
-    def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
-        self.name = name
-        self.failure: str | None = None  # once set, the tracker gets no more jobs
-        self._make = make
-        self._jobs: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, daemon=True, name=f"raysubset-{name}")
-        self._thread.start()
+    def __init__(self, name: str, begin: Callable[[], Tracker]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.jobs: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()  # None: the last is done
+        self.failure: str | None = None
+        self._begin = begin
 
-    def _work(self) -> None:
+    def run(self) -> None:
         try:
-            tracker = self._make()
-            while (job := self._jobs.get()) is not None:
+            tracker = self._begin()
+            while (job := self.jobs.get()) is not None:
                 job(tracker)
         except Exception as error:  # of any type: others' code and servers must not end a run
             logger.debug("%s failed", self.name, exc_info=True)
             self.failure = one_line(error)
 
-    def tell(self, job: Callable[[Tracker], None]) -> None:
-        if self.failure is None:
-            self._jobs.put(job)
-
-    def close(self, timeout_s: float) -> None:
-        self._jobs.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self.failure = f"no answer within {timeout_s:g} s"
-
 
 class _Following:
-    """All trackers of one run. Each failure becomes one warning, sent with the next event."""
+    """All trackers of one run. One that fails gets no more jobs: this is one warning, sent with the next event."""
 
     def __init__(
         self,
@@ -122,7 +110,6 @@ class _Following:
         make: OpenTracker,
     ) -> None:
         self._tell, self._directory = tell, directory
-        self._warned: set[str] = set()
         header = Header(
             name=directory.name,
             project=config.tracking.project,
@@ -131,27 +118,32 @@ class _Following:
             tags={"raysubset.uri": directory.uri, **tags},
             folder=_local_folder(directory),
         )
-        self._followers = [_Follower(name, partial(make, name, config.tracking)) for name in names]
-        for follower in self._followers:
-            follower.tell(partial(self._begin, follower.name, header))
 
-    def _begin(self, name: str, header: Header, tracker: Tracker) -> None:
-        path = _record_path(name)
-        run_id = (self._directory.read_json_or_none(path) or {}).get("run_id")
-        self._directory.write_json(path, {"run_id": tracker.begin(header, run_id)})
+        def begin(name: str) -> Tracker:
+            tracker, path = make(name, config.tracking), _record_path(name)
+            run_id = (directory.read_json_or_none(path) or {}).get("run_id")
+            directory.write_json(path, {"run_id": tracker.begin(header, run_id)})
+            return tracker
+
+        self._followers = [_Follower(name, partial(begin, name)) for name in names]
+        for follower in self._followers:
+            follower.start()
 
     def log(self, points: Sequence[Point]) -> None:
-        if points:
-            for follower in self._followers:
-                follower.tell(lambda tracker: tracker.log(points))
+        for follower in self._followers if points else ():
+            follower.jobs.put(lambda tracker: tracker.log(points))
         self._warn()
 
     def end(self, result: Result, files: Sequence[str] = FILES) -> None:
         """Send the result and wait until the trackers have everything, at most END_S or STOP_S each."""
+        timeout_s = STOP_S if result.outcome == "stopped" else END_S
         for follower in self._followers:
-            follower.tell(partial(self._end, follower.name, result, files))
+            follower.jobs.put(partial(self._end, follower.name, result, files))
+            follower.jobs.put(None)
         for follower in self._followers:
-            follower.close(STOP_S if result.outcome == "stopped" else END_S)
+            follower.join(timeout_s)
+            if follower.is_alive():
+                follower.failure = f"no answer within {timeout_s:g} s"
         self._warn()
 
     def _end(self, name: str, result: Result, files: Sequence[str], tracker: Tracker) -> None:
@@ -164,11 +156,10 @@ class _Following:
         self._directory.write_json(path, {**self._directory.read_json(path), "finished": True})
 
     def _warn(self) -> None:
-        for follower in self._followers:
-            if follower.failure is not None and follower.name not in self._warned:
-                self._warned.add(follower.name)
-                text = f"{follower.name} no longer follows {self._directory.uri}, which continues: "
-                self._tell(Note(text + follower.failure, is_warning=True))
+        for follower in [follower for follower in self._followers if follower.failure is not None]:
+            self._followers.remove(follower)
+            text = f"{follower.name} no longer follows {self._directory.uri}, which continues: {follower.failure}"
+            self._tell(Note(text, is_warning=True))
 
 
 def _record_path(name: str) -> str:
