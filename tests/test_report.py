@@ -101,8 +101,10 @@ def a_record(config: Config | None = None, **changes: Any) -> dict[str, Any]:
         "num_workers": 2,
         "recomputed_batch_norm": True,
     }
+    loss = "squared error" if config.task.loss == "squared_error" else "cross-entropy, nats"
     return {
         "name": "a-run",
+        "task": {"name": "classification", "quality": ACCURACY.to_dict(), "loss": loss},
         "uri": "/results/a-run",
         "method": "subset_pretraining",
         "config": config.to_dict(),
@@ -401,8 +403,7 @@ def test_a_quality_that_is_not_finite_leaves_a_page():
 @pytest.mark.parametrize(
     ("record", "name"),
     [
-        ({"config": {"minimize": {"loss": "cross_entropy"}}}, "cross-entropy, nats"),  # of before tasks
-        ({"config": {"task": {"loss": "squared_error"}}}, "squared error"),
+        ({"config": {"minimize": {"loss": "cross_entropy"}}}, "loss"),  # of before tasks
         ({"config": {"task": {"loss": "auto"}}, "task": {"name": "pkg:Boxes"}}, "loss"),
         ({"config": {"task": {}}, "task": {"name": "next_token", "loss": "nats a token"}}, "nats a token"),
     ],

@@ -89,19 +89,9 @@ def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
     return {"num_examples": parts[0]["num_examples"], **means}
 
 
-_LOSSES = {"cross_entropy": "cross-entropy, nats", "squared_error": "squared error"}
-_LOSSES |= {"absolute_error": "absolute error", "huber": "Huber's loss"}
-
-
 def loss_name(record: Record) -> str:
-    """Return the minimized loss in words, from the record's task or config; "loss" if neither names it."""
-    task, config = record.get("task") or {}, record["config"]
-    if "loss" in task:
-        return task["loss"]
-    name = config["task"].get("loss", "auto") if "task" in config else config["minimize"]["loss"]
-    if name == "auto" and task.get("name", "classification") == "classification":
-        name = "cross_entropy"
-    return _LOSSES.get(name, "loss")
+    """Return the minimized loss in words, by the record's task; "loss" for records of earlier versions without it."""
+    return (record.get("task") or {}).get("loss", "loss")
 
 
 def is_least_squares(record: Record) -> bool:

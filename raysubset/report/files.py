@@ -3,8 +3,10 @@
 import csv
 import io
 import tempfile
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +96,15 @@ def _events(record: Record, rows: list[dict[str, Any]], started_at: float, quali
                 if value is not None:
                     writer.add_scalar(tag, value, step, walltime=started_at)
 
-            earlier_steps: dict[str, int] = defaultdict(int)  # of earlier rounds
-            for row, next_row in zip(rows, [*rows[1:], None], strict=True):
-                kind = {"subsets": "subset", "subsamples": "subsample"}.get(row["stage"])
-                name = f"{kind}_{row['subset']:04d}" if kind else row["stage"]
-                step = earlier_steps[name] + row["num_steps"]
-                for key in ("loss", "learning_rate", *(f"validation_{key}" for key in metrics)):
-                    add(f"{name}/{key}", row[key], step)
-                if next_row is None or next_row["training_iteration"] == 1:
-                    earlier_steps[name] = step
+            earlier_steps = Counter[str]()  # of earlier rounds
+            for (stage, _, subset), epochs in groupby(rows, key=itemgetter("stage", "round", "subset")):
+                kind, step = {"subsets": "subset", "subsamples": "subsample"}.get(stage), 0
+                name = f"{kind}_{subset:04d}" if kind else stage
+                for row in epochs:
+                    step = earlier_steps[name] + row["num_steps"]
+                    for key in ("loss", "learning_rate", *(f"validation_{key}" for key in metrics)):
+                        add(f"{name}/{key}", row[key], step)
+                earlier_steps[name] = step
             for round in record["stages"].get("rounds", ()):
                 aggregation = round["aggregation"]
                 for key in metrics if aggregation["validation"] else ():
