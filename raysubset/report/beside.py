@@ -78,9 +78,7 @@ def held_against(record: Record, beside: Beside) -> Iterator[str]:
     """Yield a sentence that compares the run with each of the run and the comparison beside it, if there."""
     quality, cost = quality_of(record), record["cost"]
     if (other := beside.run) is not None:
-        change = difference(record["test"], other["test"], quality)
-        once = ", by one run of each" if change.error is None else ""
-        change_text = change.in_words(quality, f"better{once}", f"worse{once}")
+        change_text = difference(record["test"], other["test"], quality).in_words(quality, "better", "worse")
         total, critical = (cost[key] / other["cost"][key] for key in ("passes", "critical_path_passes"))
         yield (
             f"Against the {other['method'].replace('_', ' ')} run {other['name']} "
@@ -89,11 +87,11 @@ def held_against(record: Record, beside: Beside) -> Iterator[str]:
             "path."
         )
     if (comparison := beside.comparison) is not None:
-        verdicts = comparison["verdicts"].values()
-        words = [verdict["word"] for verdict in verdicts]
-        answer = f"{words[0]} on both clocks" if len(set(words)) == 1 else " of the passes in total, ".join(words)
+        verdicts, num_seeds = comparison["verdicts"].values(), len(comparison["seeds"])
         smoke = ", a smoke test" if any(verdict.get("is_smoke_test") for verdict in verdicts) else ""
-        yield (
-            f"Does a tenth of the cost do? The comparison {comparison['name']} ({len(comparison['seeds'])} "
-            f"seeds{smoke}) says: {answer}{'' if len(set(words)) == 1 else ' of the critical path'}."
-        )
+        of_total, of_critical_path = (verdict["word"] for verdict in verdicts)
+        answer = f"{of_total} of the passes in total, {of_critical_path} of the critical path"
+        if of_total == of_critical_path:
+            answer = f"{of_total} on both clocks"
+        about = f"{comparison['name']} ({num_seeds} seeds{smoke})"
+        yield f"Does a tenth of the cost do? The comparison {about} says: {answer}."

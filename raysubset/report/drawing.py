@@ -71,7 +71,7 @@ class Scale:
         low, high = self.low, self.high
         if self.is_log:
             low, high, value = math.log10(low), math.log10(high), math.log10(max(value, low / 2))
-        return self.start + (self.end - self.start) * min(1.03, max(-0.03, (value - low) / ((high - low) or 1.0)))
+        return self.start + (self.end - self.start) * min(1.0, max(0.0, (value - low) / ((high - low) or 1.0)))
 
     def at(self, value: float) -> str:
         return _number(self.pixel(value))
@@ -135,7 +135,7 @@ class Chart:
         names: Sequence[str] = (),
         is_named: bool = True,
     ) -> None:
-        """Draw a line through points; values that are not finite are left out.
+        """Draw a line through points. A y that is not finite is left out; an infinite x lies at the edge.
 
         Args:
             marker: one of o . s D x, drawn at each point.
@@ -148,7 +148,7 @@ class Chart:
         drawn = [
             (x, y, *(bars[n] if bars else (y, y)), names[n] if names else f"{x:.5g}")
             for n, (x, y) in enumerate(points)
-            if math.isfinite(x) and math.isfinite(y)
+            if math.isfinite(y) and not math.isnan(x)
         ]
         if not drawn:
             return
@@ -235,17 +235,7 @@ class Chart:
 
     def across(self, y: float, colour: str = GREY, label: str = "", *, dash: str = "2 4", width: float = 1.5) -> None:
         """Draw a horizontal line from edge to edge at y."""
-        if not math.isfinite(y):
-            return
-        self.y.values.append(y)
-        style = f'stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dash}"'
-        tip = f' data-t="{escape(f"{label}: {y:.5g}")}"' if label else ""
-        self._marks.append(
-            lambda x_axis, y_axis: (
-                f'<path {style}{tip} d="M{_number(x_axis.start)} {y_axis.at(y)}H{_number(x_axis.end)}"/>'
-            )
-        )
-        self._name(label, f'<path {style} d="M0 6H22"/>')
+        self.line([(-math.inf, y), (math.inf, y)], colour, label, dash=dash, width=width, names=("", ""))
 
     def name_rows(self, names: Sequence[str]) -> None:
         """Give the y axis a row for each name, the first at y = 0 on top."""

@@ -64,12 +64,14 @@ class Difference:
     def in_words(self, quality: Quality, better: str, worse: str) -> str:
         """Return 'accuracy +2.40 points ± 0.80 (it helped)', or another verdict: `better` and `worse` need an error."""
         shown, error = quality.change(self.value), "" if self.error is None else quality.error(self.error)
+        verdict = better if quality.gain(self.value) > 0 else worse
         if self.error is None:
-            better, worse = "better", "worse"
-        verdict = "within the noise" if self.is_noise else better if quality.gain(self.value) > 0 else worse
+            verdict = "better" if quality.gain(self.value) > 0 else "worse"
         if not math.isfinite(self.value):
             verdict = "not finite"
-        elif not self.is_noise and shown in (quality.change(0.0), quality.change(-0.0)):
+        elif self.is_noise:
+            verdict = "within the noise"
+        elif shown in (quality.change(0.0), quality.change(-0.0)):
             verdict = "no difference"
         return f"{shown}{error} ({verdict})"
 

@@ -11,7 +11,7 @@ from raysubset.report.comparison import comparison_parts, training_of_arms, verd
 from raysubset.report.figures import Record
 from raysubset.report.line import line_between_minima
 from raysubset.report.page import PAGE_PATH, Page, to_html
-from raysubset.report.parts import Section
+from raysubset.report.parts import Section, drawn
 from raysubset.report.predictions import prediction_sections
 from raysubset.report.reading import leg_records, read_works, trial_records
 from raysubset.report.run import measured, result, what_follows
@@ -148,9 +148,9 @@ def _trials(directory: RunDirectory, record: Record) -> Iterator[Section]:
     states = {trial["name"]: trial["state"] for trial in record["trials"]}
     records, ledgers = trial_records(directory, list(states)), read_works(directory, list(states))
     plot = training_of_settings(record, records)
-    texts = {name: f"{name} ({'no report' if state == 'done' else state})" for name, state in states.items()}
-    left_out = ", ".join(text for name, text in texts.items() if name not in records)
-    yield Section("Training", lines=(f"Left out: {left_out}.",) if left_out else (), plots=(plot,) if plot else ())
+    reasons = {name: "no report" if state == "done" else state for name, state in states.items()}
+    left_out = ", ".join(f"{name} ({reason})" for name, reason in reasons.items() if name not in records)
+    yield Section("Training", lines=(f"Left out: {left_out}.",) if left_out else (), plots=drawn(plot))
     num = sum(name in ledgers for name in states)
     of = f"{num:,} trial{'s' * (num != 1)}" + (" and the trunks they share" if len(ledgers) > num else "")
     without = ", ".join(name for name in states if name not in ledgers)

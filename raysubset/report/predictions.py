@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.report.drawing import BAD, COLOURS, GOOD, Axis, Chart, Plot
-from raysubset.report.figures import Record, formatted
+from raysubset.report.figures import formatted
 from raysubset.report.parts import Picture, Preformatted, Section, table
 from raysubset.run_directory import MISTAKES_PATH, MODEL_RECORD_PATH, PREDICTIONS_PATH, SAMPLES_PATH, RunDirectory
 
@@ -28,7 +28,8 @@ def prediction_sections(directory: RunDirectory) -> Iterator[Section]:
         for path in (PREDICTIONS_PATH, MISTAKES_PATH)
     )
     model = directory.read_json(MODEL_RECORD_PATH) if directory.exists(MODEL_RECORD_PATH) else {}
-    if {"label", "predicted"}.issubset(predictions.column_names) and (names := _class_names(model)):
+    names = model.get("class_names") or model.get("task", {}).get("class_names")
+    if names and {"label", "predicted"}.issubset(predictions.column_names):
         yield from _mistaken_classes(names, model.get("image_shape"), predictions, mistakes)
     if (outputs := outputs_of(predictions)) and len(predictions):
         yield worst_predictions(predictions, outputs)
@@ -39,11 +40,6 @@ def prediction_sections(directory: RunDirectory) -> Iterator[Section]:
     if samples := directory.read_json_or_none(SAMPLES_PATH):
         texts = (Preformatted(f"{sample['prompt']}│{sample['text']}") for sample in samples)
         yield Section("What it writes", lines=("The final model continues the text before │.", *texts))
-
-
-def _class_names(model: Record) -> Sequence[str]:
-    """Return a classifier's class names from model.json; () for other models."""
-    return model.get("class_names") or model.get("task", {}).get("class_names") or ()
 
 
 def _mistaken_classes(
@@ -57,12 +53,13 @@ def _mistaken_classes(
         yield Section("What it gets wrong", lines=(line,), plots=(confusion_plot(counts, names),))
     elif wrong:
         yield confused_pairs(counts, names)
-    if image_shape and "image" in mistakes.column_names and (shown := pictures(mistakes, image_shape, names)):
-        lines = (
-            f"{len(shown)} of {wrong:,}: those whose output for the predicted class exceeds the label's by most. Some "
-            "labels may be wrong.",
-        )
-        yield Section("Examples it gets wrong", lines=lines, pictures=tuple(shown))
+    if image_shape and "image" in mistakes.column_names and len(mistakes):
+        pictures = []
+        for row in mistakes.to_pylist():
+            pixels = np.frombuffer(row["image"], dtype=np.uint8).reshape(*image_shape)
+            pictures.append(_picture(pixels, f"{names[row['label']]}, taken for {names[row['predicted']]}"))
+        line = f"{len(pictures)} of {wrong:,}: those whose output for the predicted class exceeds the label's by most."
+        yield Section("Examples it gets wrong", lines=(f"{line} Some labels may be wrong.",), pictures=tuple(pictures))
 
 
 def class_scores(counts: np.ndarray, class_names: Sequence[str]) -> Section:
@@ -133,17 +130,6 @@ def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
     )
     lines = (f"The most frequent mistakes among {len(counts)} classes on the test split.",)
     return table("Confused classes", pairs, columns, lines)
-
-
-def pictures(mistakes: pa.Table, image_shape: Sequence[int], class_names: Sequence[str]) -> list[Picture]:
-    """Return pictures of the examples in a classifier's test_mistakes.parquet."""
-    return [
-        _picture(
-            np.frombuffer(row["image"], dtype=np.uint8).reshape(*image_shape),
-            f"{class_names[row['label']]}, taken for {class_names[row['predicted']]}",
-        )
-        for row in mistakes.to_pylist()
-    ]
 
 
 def masks(mistakes: pa.Table, image_shape: Sequence[int]) -> list[Picture]:

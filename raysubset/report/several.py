@@ -8,14 +8,7 @@ from raysubset.config import flatten
 from raysubset.events import Note
 from raysubset.quality import quality_of
 from raysubset.report.curves import run_stages, training_plot
-from raysubset.report.figures import (
-    Record,
-    difference,
-    finite,
-    loss_name,
-    standard_error,
-    with_error,
-)
+from raysubset.report.figures import Record, difference, finite, loss_name, with_error
 from raysubset.report.page import Page, write_file
 from raysubset.report.parts import Line, Section, drawn
 from raysubset.report.reading import read_report
@@ -75,10 +68,9 @@ def several_sections(records: Sequence[Record]) -> list[Section]:
     names, quality = _names(records), quality_of(records[0])
     rows = tuple((title.format(quality.label), *(cell(record) for record in records)) for title, cell in _ROWS)
     lines: list[Line] = [
-        "Each is one run, and other seeds give other results: raysubset compare tells whether a difference holds."
+        "Each is one run, and other seeds give other results: raysubset compare tells whether a difference holds. "
+        "±, if known: standard error of sampling the test examples."
     ]
-    if standard_error(records[0]["test"], quality) is not None:
-        lines[0] = f"± standard error of sampling the test examples. {lines[0]}"
     if len({(r["data"]["name"], r["data"]["num_train"], r["data"]["num_test"]) for r in records}) > 1:
         text = f"the runs are on different data, so neither {quality.name} nor passes can be compared."
         lines.insert(0, Note(text, is_warning=True))
