@@ -151,7 +151,7 @@ def test_minima_that_are_there_count_as_done_and_not_as_speed():
         (1200, "20 min"),
         (7500, "2 h 5 min"),
         (7200, "2 h"),
-        (100_000, "1 day 3 h"),
+        (100_000, "1 d 4 h"),
     ],
 )
 def test_seconds_are_told_in_two_figures(seconds: float, words: str):

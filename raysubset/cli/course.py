@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from raysubset.events import EpochDone, Event, MinimaFound, MinimumDone, Planned, Progress, Stage, Standing, Step
 
 _MEASURED_S = 1.0  # seconds of work before a time left is told
-_SECONDS_BELOW = 600  # shorter times show seconds beside minutes
 
 
 class Course:
@@ -90,17 +90,9 @@ class Course:
 
 
 def in_words(seconds: float) -> str:
-    """Return '8 s', '3 min 5 s', '20 min', '2 h 5 min' or '3 days 4 h': two figures are enough."""
-    if round(seconds) < 60:
-        return f"{seconds:.0f} s"
-    if seconds < _SECONDS_BELOW:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    days, hours = divmod(hours, 24)
-    return f"{days} day{'s' if days > 1 else ''}" + (f" {hours} h" if hours else "")
+    """Return '8 s', '3 min 5 s', '2 h 5 min' or '3 d 4 h': two figures are enough."""
+    for (unit, size), (smaller, part) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
+        num, rest = divmod(round(seconds / part), size // part)
+        if num:
+            return f"{num} {unit} {rest} {smaller}" if rest else f"{num} {unit}"
+    return f"{seconds:.0f} s"

@@ -17,7 +17,7 @@ from raysubset.config.minimizing import (
     SkippingConfig,
     TrainingStage,
 )
-from raysubset.config.places import ActorsConfig, ClusterConfig
+from raysubset.config.places import ActorsConfig, ClusterConfig, TrackingConfig
 from raysubset.config.run import OF_SUBSET_PRETRAINING, Config, Learned, of_now
 from raysubset.config.seeds import derive_seed
 from raysubset.config.stages import (
@@ -29,7 +29,6 @@ from raysubset.config.stages import (
     TrunkConfig,
 )
 from raysubset.config.task import TASK_NAMES, LossName, TaskConfig
-from raysubset.config.tracking import TrackingConfig
 from raysubset.config.trees import (
     check_number,
     differences,

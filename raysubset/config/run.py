@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 
 from raysubset.config.inputs import DataConfig, ModelConfig, SubsetsConfig
 from raysubset.config.minimizing import WHOLE_SUBSET, MinimizeConfig, TrainingStage
-from raysubset.config.places import ActorsConfig, ClusterConfig
+from raysubset.config.places import ActorsConfig, ClusterConfig, TrackingConfig
 from raysubset.config.stages import AggregationConfig, ConventionalConfig, FineTuningConfig, RoundsConfig, TrunkConfig
 from raysubset.config.task import TaskConfig
-from raysubset.config.tracking import TrackingConfig
 from raysubset.config.trees import Part, flatten, from_tree, nearest, shaping
 
 UNKNOWN_FIELD = "; see raysubset run --help"

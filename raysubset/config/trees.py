@@ -237,24 +237,16 @@ def leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
+_FREE = (  # settings that cannot change the result
+    *("name", "storage_path", "cluster.", "tracking.", "data.root", "data.download", "rounds.keep_minima"),
+    *("actors.max_num", "actors.max_attempts", "actors.stall_s", "actors.on_step", "actors.profile"),
+    "actors.checkpoint_",
+)
+
+
 def shapes_result(key: str) -> bool:
     """Return True if a dotted field may change the result; the other fields may change when a run resumes."""
-    free = (
-        "name",
-        "storage_path",
-        "cluster.",
-        "tracking.",
-        "actors.max_num",
-        "actors.max_attempts",
-        "actors.stall_s",
-        "actors.on_step",
-        "actors.profile",
-        "actors.checkpoint_",
-        "rounds.keep_minima",
-        "data.root",
-        "data.download",
-    )
-    return not key.startswith(free)
+    return not key.startswith(_FREE)
 
 
 def shaping(tree: Mapping[str, Any]) -> dict[str, Any]:

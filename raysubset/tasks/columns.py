@@ -188,15 +188,13 @@ def _notes(found: _Found) -> tuple[Note, ...]:
     return tuple(Note(f"{text}: {listed(names)}", is_warning) for (text, is_warning), names in found.items())
 
 
-def target_numbers(
-    table: pa.Table, names: Sequence[str], *, where: str = "the table", rows: np.ndarray | None = None
-) -> np.ndarray:
-    """Return columns as the targets of regression, float64 [N, K]. See fit_columns() for `where` and `rows`.
+def target_numbers(table: pa.Table, names: Sequence[str], *, where: str = "the table") -> np.ndarray:
+    """Return columns as the targets of regression, float64 [N, K]. `where` is the table's name in messages.
 
     Raises:
         ValueError: for a column that is missing or of text, and for missing or infinite values.
     """
-    reader = _Reader(table, where, rows, "refuse", "leave such rows out, a target cannot be filled in")
+    reader = _Reader(table, where, None, "refuse", "leave such rows out, a target cannot be filled in")
     targets = np.empty((table.num_rows, len(names)))
     for number, name in enumerate(names):
         values = reader.column(name)

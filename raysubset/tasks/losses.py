@@ -80,8 +80,6 @@ class CrossEntropy:
         p = F.softmax(outputs, dim=self.class_dim)
         weighted = p * change
         product = weighted - p * weighted.sum(self.class_dim, keepdim=True)
-        if outputs.ndim == 2 and self.ignored is None and self.class_weights is None:
-            return product
         return product * self._scale(outputs, targets, smoothing=self.label_smoothing)
 
     def fisher_terms(self, outputs: Tensor, targets: Tensor, *, labels: str, generator: torch.Generator) -> Tensor:
@@ -104,8 +102,6 @@ class CrossEntropy:
             classes = flat.multinomial(SAMPLED_TERMS, replacement=True, generator=generator).to(p.device)
             classes = classes.view(*p.shape[:-1], SAMPLED_TERMS).movedim(-1, 1)  # [n, T, …]
             terms = (unit[classes] - p.unsqueeze(1)) / math.sqrt(SAMPLED_TERMS)
-        if outputs.ndim == 2 and self.ignored is None and self.class_weights is None:
-            return terms
         scale = self._scale(outputs, targets).movedim(self.class_dim, -1)
         return (terms * scale.sqrt().unsqueeze(1)).movedim(-1, self.class_dim + 1)
 
@@ -137,10 +133,19 @@ class CrossEntropy:
         return share.unsqueeze(self.class_dim)
 
 
+def mean_outputs(outputs: Iterable[Tensor]) -> Tensor:
+    """Return the mean of several members' outputs, which are read one at a time."""
+    total, num = torch.empty(0), 0
+    for num, output in enumerate(outputs, start=1):
+        total = output if num == 1 else total + output
+    return total / num
+
+
 class _NumbersLoss:
     """A loss of numbers: a function of output and target, averaged over an example's outputs."""
 
     _function: Callable[..., Tensor]  # of torch.nn.functional
+    combine = staticmethod(mean_outputs)
 
     def summed(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss, summed over examples."""
@@ -149,10 +154,6 @@ class _NumbersLoss:
     def reported(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss to report, which is the one that is minimized."""
         return self.summed(outputs, targets)
-
-    def combine(self, outputs: Iterable[Tensor]) -> Tensor:
-        """Return an ensemble's outputs: the mean of its members'."""
-        return mean_outputs(outputs)
 
     def distance(self, outputs: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:
         """Return the loss with the teacher's outputs as targets. The temperature has no effect."""
@@ -227,14 +228,6 @@ class AbsoluteError(_NumbersLoss):
 
 
 Loss = CrossEntropy | SquaredError | Huber | AbsoluteError
-
-
-def mean_outputs(outputs: Iterable[Tensor]) -> Tensor:
-    """Return the mean of several members' outputs, which are read one at a time."""
-    total, num = torch.empty(0), 0
-    for num, output in enumerate(outputs, start=1):
-        total = output if num == 1 else total + output
-    return total / num
 
 
 def _terms_of_squares(outputs: Tensor, scale: float, generator: torch.Generator) -> Tensor:

@@ -16,13 +16,8 @@ from raysubset.fingerprints import Entry, entries, fingerprint, hasher
 from raysubset.user_code.source_files import code_fingerprint
 
 _NOT_CODE = (
-    "__dict__",
-    "__weakref__",
-    "__module__",
-    "__doc__",
-    "__firstlineno__",
-    "__static_attributes__",
-    "_abc_impl",
+    *("__dict__", "__weakref__", "__module__", "__doc__"),
+    *("__firstlineno__", "__static_attributes__", "_abc_impl"),
 )
 
 
