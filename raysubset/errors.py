@@ -62,6 +62,8 @@ def place_of(error: BaseException) -> str:
     """
     if noted := [note for note in getattr(error, "__notes__", ()) if note.startswith(_NOTE)]:
         return noted[0]
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_NOTE}{Path(error.filename).name}, line {error.lineno}"
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not any(part in frame.filename for part in _FOREIGN):
             return f"{_NOTE}{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from pathlib import Path
 from typing import Any, NoReturn
 
 from raysubset.config import nearest
@@ -100,19 +99,20 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
         yield
     except _NoMainGuard:
         raise
-    except _ReadsFlags as error:
-        text = f"reads the command line, which is not its own ({first_line(error)}): parse flags {_GUARD}"
-        raise misfit(field, reference, f"{text}{_place(error)}") from error
-    except SystemExit as error:
-        text = f"ended the process (sys.exit({'' if error.code is None else repr(error.code)})): put what a script does"
-        raise misfit(field, reference, f"{text} {_GUARD}{_place(error)}") from error
-    except Exception as error:
-        if (torch := sys.modules.get("torch")) and isinstance(
-            error, torch.AcceleratorError | torch.OutOfMemoryError | torch.distributed.DistError
-        ):
+    except (Exception, SystemExit) as error:
+        torch = sys.modules.get("torch")
+        if torch and isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError | torch.distributed.DistError):
             raise
-        text = f"raised {type(error).__name__}: {first_line(error)}"
-        raise misfit(field, reference, f"{text}{_place(error)}") from error
+        match error:
+            case _ReadsFlags():
+                text = f"reads the command line, which is not its own ({first_line(error)}): parse flags {_GUARD}"
+            case SystemExit():
+                code = "" if error.code is None else repr(error.code)
+                text = f"ended the process (sys.exit({code})): put what a script does {_GUARD}"
+            case _:
+                text = f"raised {type(error).__name__}: {first_line(error)}"
+        place = place_of(error) or "see what it is called with"
+        raise misfit(field, reference, f"{text}; {place}") from error
     finally:
         _is_users.reset(token)
 
@@ -137,10 +137,3 @@ def _error(self: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 argparse.ArgumentParser.error = _error
-
-
-def _place(error: BaseException) -> str:
-    """Return '; see net.py, line 3, in make'."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"; see {Path(error.filename).name}, line {error.lineno}"
-    return f"; {place_of(error) or 'see what it is called with'}"
