@@ -69,6 +69,17 @@ def test_legs_are_named_by_their_arm_and_their_part_in_it():
     assert names == [*rounds[0], *rounds[1], "G, seed 0, fine-tuning"]
 
 
+def test_batch_statistics_over_all_workers_make_another_leg_of_any_job_of_several():
+    shared = {"fine_tuning.sync_batch_norm": True}
+    assert leg("I") != leg("I", overrides=shared)
+    assert leg("B") == leg("B", overrides=shared)
+    trunks = [
+        next(one for one in closure(leg("H", overrides={"trunk.num_workers": 2} | more)) if one.stage == "trunk")
+        for more in ({}, shared)
+    ]
+    assert trunks[0] != trunks[1]
+
+
 def test_the_critical_path_of_disjoint_minima_is_one_subset_long():
     # default proportions: trunk 1, subsets 8 epochs of a quarter each, fine-tuning 2: 11 passes, 5 of them in a row
     assert critical_path(closure(leg("H", 11.0)), trained) == pytest.approx(5.0)

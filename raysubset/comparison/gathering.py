@@ -130,12 +130,12 @@ def gather(
         "verdicts": {clock: dataclasses.asdict(verdict) for clock, verdict in verdicts.items()},
         "tuning": {
             "tried": sorted(comparison.tried, key=lambda at: (at["arm"], at["batch_size"], at["learning_rate"])),
-            "passes": sum(map(legs.passes, {leg: None for last in comparison.tuning_legs for leg in closure(last)})),
+            "passes": sum(map(legs.passes, closure(*comparison.tuning_legs))),
             "goes_beyond": comparison.most_beyond > 0,
         },
         "network": network,
         "failed": {leg.key: reason for leg, reason in failed.items()},
-        "legs": {leg.key: _leg_record(leg) for last in flat(finals) for leg in closure(last)},
+        "legs": {leg.key: _leg_record(leg) for leg in closure(*flat(finals))},
     }
 
 

@@ -65,28 +65,25 @@ def judge(
     if not speed_ups:
         return Verdict("inconclusive", f"{prefix}no arm of subset pretraining finished.", None, None, is_smoke_test)
     best = max(speed_ups, key=lambda arm: (speed_ups[arm].interval.estimate, speed_ups[arm].interval.high, arm))
-    interval = speed_ups[best].interval
     limit = f"{TENTH:g} of the conventional cost ({TENTH * conventional_passes:.3g} passes)"
-    of_best = f"{best}'s speed-up is {describe_speed_up(interval)}"
-
-    def verdict(word: Word, text: str, arm: str | None) -> Verdict:
-        arm_interval = speed_ups[arm].interval if arm is not None else None
-        return Verdict(word, prefix + text, arm, arm_interval, is_smoke_test)
-
+    of_best = f"{best}'s speed-up is {describe_speed_up(speed_ups[best].interval)}"
+    good = {point.arm for point in cheap if point.gain.low > -margin}
+    claimants = [arm for arm in sorted(good & speed_ups.keys()) if speed_ups[arm].interval.low >= CLAIMED]
+    arm, word = best, "inconclusive"
     if cheap and all(point.gain.high < -margin for point in cheap):
         names = ", ".join(sorted({point.arm for point in cheap}))
         short = f"{names} fall short by more than {quality.show(margin)}"
-        return verdict("refuted", f"no arm is as good at {limit}: {short}; {of_best}.", best)
-    if all(speed_up.interval.high < VACUOUS_BELOW for speed_up in speed_ups.values()):
-        return verdict("vacuous", f"no arm's speed-up reaches {VACUOUS_BELOW:g}: {of_best}.", best)
-    good = {point.arm for point in cheap if point.gain.low > -margin}
-    claimants = [arm for arm in sorted(good & speed_ups.keys()) if speed_ups[arm].interval.low >= CLAIMED]
-    if claimants:
-        arm = max(claimants, key=lambda name: speed_ups[name].interval.estimate)
-        arm_text = describe_speed_up(speed_ups[arm].interval)
-        return verdict("confirmed", f"{arm} is as good at {limit}, and its speed-up is {arm_text}.", arm)
-    why = "" if cheap else f" no arm was run at {limit};"
-    return verdict("inconclusive", f"neither shown nor refuted:{why} {of_best}.", best)
+        word, text = "refuted", f"no arm is as good at {limit}: {short}; {of_best}."
+    elif all(speed_up.interval.high < VACUOUS_BELOW for speed_up in speed_ups.values()):
+        word, text = "vacuous", f"no arm's speed-up reaches {VACUOUS_BELOW:g}: {of_best}."
+    elif claimants:
+        arm, word = max(claimants, key=lambda name: speed_ups[name].interval.estimate), "confirmed"
+        of_arm = describe_speed_up(speed_ups[arm].interval)
+        text = f"{arm} is as good at {limit}, and its speed-up is {of_arm}."
+    else:
+        why = "" if cheap else f" no arm was run at {limit};"
+        text = f"neither shown nor refuted:{why} {of_best}."
+    return Verdict(word, prefix + text, arm, speed_ups[arm].interval, is_smoke_test)
 
 
 def describe_speed_up(interval: Interval) -> str:

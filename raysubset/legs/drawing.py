@@ -55,11 +55,12 @@ class Drawing:
 
     def conventional(self, epochs: float, *, num_workers: int) -> Leg:
         """Return the one leg of a conventional run."""
-        return self._on_full_set("conventional", epochs, FRESH, num_workers)
+        return self._leg("conventional", epochs, FRESH, num_workers=num_workers)
 
     def trunk(self) -> Leg:
         """Return the short run on the full set from which all members start."""
-        return self._on_full_set("trunk", self.config.trunk.epochs * self.scale, FRESH, self.config.trunk.num_workers)
+        trunk = self.config.trunk
+        return self._leg("trunk", trunk.epochs * self.scale, FRESH, num_workers=trunk.num_workers)
 
     def members(
         self, round: int, start: Start, last_members: Sequence[Leg], *, last_start: Start | None = None
@@ -79,7 +80,6 @@ class Drawing:
         predecessors = {leg.subset: leg for leg in last_members if rounds.overlaps or rounds.optimizer_state == "keep"}
         return tuple(
             self._leg(
-                "minimize",
                 "subsets",
                 self.config.minimize.epochs * self.scale * share,
                 Start("independent") if independent else start,
@@ -110,7 +110,7 @@ class Drawing:
 
     def aggregate(self, round: int, start: Start, members: tuple[Leg, ...]) -> Leg:
         """Return the aggregation of members, and of their parts, that started from this start."""
-        return self._leg("aggregate", "subsets", 0.0, start, round=round, members=members)
+        return self._leg("subsets", 0.0, start, kind="aggregate", round=round, members=members)
 
     def fine_tuning(self, start: Start, members: tuple[Leg, ...], *, num_workers: int) -> Leg:
         """Return the training on the full set after the last round, whose members teach it if it distils.
@@ -119,36 +119,33 @@ class Drawing:
             start: the last aggregate; fine_tuning.start says what becomes of it.
         """
         tuning = self.config.fine_tuning
-        return self._on_full_set(
+        by_train = not self.is_lean or tuning.keep == "best" or tuning.distillation > 0
+        return self._leg(
             "fine_tuning",
             tuning.epochs * self.scale,
             replace(start, kind=tuning.start),
-            num_workers,
-            by_train=not self.is_lean or tuning.keep == "best" or tuning.distillation > 0,
+            kind="train" if by_train else "minimize",
+            num_workers=num_workers,
             members=members if tuning.distillation else (),
         )
 
-    def _on_full_set(
+    def _leg(
         self,
         stage: TrainingStage,
         epochs: float,
         start: Start,
-        num_workers: int,
         *,
-        by_train: bool = False,
+        kind: LegKind = "minimize",
+        round: int = 0,
+        num_workers: int = 1,
         **more: Any,
     ) -> Leg:
-        kind = "train" if by_train or num_workers > 1 else "minimize"
-        return self._leg(kind, stage, epochs, start, num_workers=num_workers, **more)
-
-    def _leg(
-        self, kind: LegKind, stage: TrainingStage, epochs: float, start: Start, *, round: int = 0, **more: Any
-    ) -> Leg:
+        """Return a leg. Several workers make it a Ray Train job."""
         measures = ("validation",) if self.is_lean else MEASURES
         if stage == "subsets" and not self.config.rounds.evaluated(round):
             measures = ()
-        more |= {"round": round, "measures": measures, "label": self.label}
-        return Leg(self.place, kind, self.config, stage, epochs, start, **more)
+        more |= {"round": round, "measures": measures, "label": self.label, "num_workers": num_workers}
+        return Leg(self.place, "train" if num_workers > 1 else kind, self.config, stage, epochs, start, **more)
 
     @cached_property
     def _spans(self) -> Sequence[tuple[float, float]]:

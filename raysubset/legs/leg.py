@@ -94,6 +94,8 @@ class Leg:
             return False  # `epochs`, `round`, `span` and `measures` stand for them
         if name in ("actors.num_gpus", "actors.quorum"):
             return False
+        if name == "fine_tuning.sync_batch_norm" and self.config.fine_tuning.sync_batch_norm and self.num_workers > 1:
+            return True  # of any Ray Train job; keys of older runs lack the default
         if name.startswith("aggregation.") and self.kind != "aggregate":
             return bool(self.statistics) or (self.is_subsample and name == "aggregation.savgm_fraction")
         if name.startswith("rounds.outer") and self.kind != "aggregate":
@@ -213,8 +215,7 @@ class Leg:
     @property
     def inputs(self) -> "tuple[Leg, ...]":
         """Return the legs that must be done before it."""
-        predecessors = () if self.predecessor is None else (self.predecessor,)
-        return (*self.start.legs, *self.members, *predecessors)
+        return (*self.start.legs, *self.members, *([self.predecessor] if self.predecessor else ()))
 
     @property
     def told_stage(self) -> str:
@@ -237,8 +238,8 @@ def validation_of(record: Mapping[str, Any]) -> dict[str, Any] | None:
     return record.get("aggregation", record)["validation"]
 
 
-def closure(leg: Leg) -> Iterator[Leg]:
-    """Yield the leg and all it needs, inputs first, each once."""
+def closure(*legs: Leg) -> Iterator[Leg]:
+    """Yield the legs and all they need, inputs first, each once."""
     keys: set[str] = set()
 
     def visit(current: Leg) -> Iterator[Leg]:
@@ -248,7 +249,8 @@ def closure(leg: Leg) -> Iterator[Leg]:
                 yield from visit(needed)
             yield current
 
-    yield from visit(leg)
+    for leg in legs:
+        yield from visit(leg)
 
 
 def critical_path(legs: Iterable[Leg], measure: Callable[[Leg], float]) -> float:

@@ -59,7 +59,7 @@ class LegRunner:
             ValueError: if the files of a streamed set have changed, or no actor can ever be placed.
             TimeoutError: if no actor is placed within cluster.wait_timeout_s.
         """
-        legs, damages = list(dict.fromkeys(leg for final in finals for leg in closure(final))), set[str]()
+        legs, damages = list(closure(*finals)), set[str]()
         while True:
             try:
                 self._do_missing(legs)

@@ -186,10 +186,8 @@ def _different_losses(full_sets: Collection[FullSet]) -> str:
     Raises:
         ValueError: if they learn different things.
     """
-    qualities, losses = (
-        sorted(set(names))
-        for names in ([each.quality.name for each in full_sets], [each.task.loss_name for each in full_sets])
-    )
+    qualities = sorted({full_set.quality.name for full_set in full_sets})
+    losses = sorted({full_set.task.loss_name for full_set in full_sets})
     if len(qualities) > 1:
         names = ", ".join(qualities)
         raise ValueError(f"the trials learn different things ({names}), which cannot be compared: sweep over one task")
