@@ -90,11 +90,3 @@ def test_what_was_asked_for_or_decided_before_is_kept_without_a_word(
     made = decisions(tmp_path, full_set, plan, notes, num_workers=3)
     made._run.ledger.write(worked(1e-3))
     assert (made.num_workers(num_teachers=0), made.may_go_alone, notes) == (3, False, [])
-
-
-def test_a_config_of_before_that_left_the_workers_open_still_does() -> None:
-    tree = Config().to_dict()
-    tree["fine_tuning"]["num_workers"] = None
-    assert Config.from_dict(tree) == Config()
-    tree["fine_tuning"]["num_workers"] = 4
-    assert Config.from_dict(tree).fine_tuning.workers(auto=1) == 4
