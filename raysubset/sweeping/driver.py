@@ -259,9 +259,8 @@ def _tune(
     """
     points = [{"name": trial.name, "seed": trial.seed, **trial.overrides} for trial in trials]
     session = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")  # a new folder for Tune each time: it resumes nothing
-    with contextlib.ExitStack() as stack, _quiet_tune():
-        local_path = directory.local_path
-        folder = local_path / "tune" if local_path else Path(stack.enter_context(TemporaryDirectory(prefix="tune-")))
+    with TemporaryDirectory(prefix="tune-") as temporary, _quiet_tune():
+        folder = directory.local_path / "tune" if directory.local_path else temporary
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(at(workplace(), run_trial), tasks=dict(tasks)), PLACE_OF_TRIAL),
             param_space={"trial": tune.grid_search(points)},
