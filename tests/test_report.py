@@ -527,7 +527,7 @@ def test_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path: Path):
     run.write_json(aggregate_path(0), {})
     for subset in range(3):
         run.write_json(minimum_path(minimum_folder(1, subset)), {})
-    expected = "trunk done, round 1 of 2 done, round 2 of 2 has 3 minima and no aggregate"
+    expected = "trunk done, 1 of 2 rounds done, the next round has 3 minima"
     with pytest.raises(ValueError, match=expected) as refused:
         read_report(run.uri)
     assert "\n" not in str(refused.value)

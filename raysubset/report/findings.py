@@ -7,20 +7,8 @@ from collections.abc import Iterator
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
 from raysubset.report.beside import Beside
-from raysubset.report.commands import (
-    comparison_beside,
-    conventional_beside,
-    margin_in_words,
-    subset_pretraining_beside,
-)
-from raysubset.report.figures import (
-    NOISE_ERRORS,
-    Record,
-    difference,
-    finite,
-    mean_metrics,
-    standard_error,
-)
+from raysubset.report.commands import comparison_beside, conventional_beside, margin_in_words, subset_pretraining_beside
+from raysubset.report.figures import NOISE_ERRORS, Record, difference, finite, mean_metrics, standard_error
 from raysubset.report.parts import Command
 
 
@@ -111,11 +99,12 @@ def next_commands(record: Record, beside: Beside) -> Iterator[str | Command]:
         yield Command(subset_pretraining_beside(record))
     elif beside.run is None:
         yield "There is no conventional run of these data and this network beside it. Those of the same total cost:"
-        for what, suffix in (("passes", "conventional"), ("critical_path_passes", "conventional-critical")):
-            passes = record["cost"][what]
-            words = "in total" if what == "passes" else "on the critical path"
-            yield f"{passes:.2f} passes {words}:"
-            yield Command(conventional_beside(record, passes, suffix))
+        for key, words, suffix in (
+            ("passes", "in total", "conventional"),
+            ("critical_path_passes", "on the critical path", "conventional-critical"),
+        ):
+            yield f"{record['cost'][key]:.2f} passes {words}:"
+            yield Command(conventional_beside(record, record["cost"][key], suffix))
     if beside.comparison is None:
         quality = quality_of(record)
         margin = margin_in_words(quality)

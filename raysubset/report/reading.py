@@ -59,23 +59,15 @@ def read_report(path: str) -> dict[str, Any]:
 
 def _how_far(directory: RunDirectory, config: Config) -> str:
     """Say in words what the directory holds of each stage."""
-    if config.method == "conventional":
-        return _training_done(directory, "conventional") or "no stage is done"
-    stages = []
-    if config.trunk.epochs and (trunk := _training_done(directory, "trunk")):
-        stages.append(trunk)
-    files = directory.list("rounds", recursive=True)
-    for round in range(len(files)):  # each round that was begun has a file
-        name = f"round {round + 1} of {config.rounds.num}"
-        minima = [path for path in files if path.startswith(f"rounds/{round:04d}/") and path.endswith("/minimum.json")]
-        if aggregate_path(round) in files:
-            if aggregate_path(round + 1) not in files:
-                stages.append(f"{name} done")
-        elif minima:
-            stages.append(f"{name} has {len(minima)} minima and no aggregate")
-    if fine_tuning := _training_done(directory, "fine_tuning"):
-        stages.append(fine_tuning)
-    return ", ".join(stages) or "no stage is done"
+    words = [_training_done(directory, stage) for stage in ("conventional", "trunk")]
+    if files := directory.list("rounds", recursive=True):
+        num_done = sum(path.endswith("/aggregate.json") for path in files)
+        of_next = (path for path in files if path.startswith(f"rounds/{num_done:04d}/"))
+        num_minima = sum(path.endswith("/minimum.json") for path in of_next)
+        words.append(f"{num_done} of {config.rounds.num} rounds done")
+        words.append(f"the next round has {num_minima} minima" if num_minima else "")
+    words.append(_training_done(directory, "fine_tuning"))
+    return ", ".join(filter(None, words)) or "no stage is done"
 
 
 def _training_done(directory: RunDirectory, stage: str) -> str:
