@@ -205,7 +205,7 @@ def training_of_settings(record: Record, reports: Mapping[str, Record]) -> Plot 
     return training_plot(
         f"of the best {_MOST_SETTINGS} of {num} settings"
         if num > _MOST_SETTINGS
-        else "of each setting, the best first",
+        else "of each setting (the best first)",
         panels[:_MOST_SETTINGS],
         loss=names.pop() if len(names) == 1 else "loss",
         seeds="the n seeds that finished",
