@@ -75,7 +75,7 @@ def test_the_steps_of_a_plan_are_the_passes_that_it_plans():
     config = Config().with_overrides({"rounds.num": 3, "aggregation.method": "savgm"})
     full_set = load_full_set(config.data)
     plan = make_plan(config, full_set)
-    steps = list(planned_steps(config, plan, len(full_set.train), 2, 2))
+    steps = list(planned_steps(config, plan, len(full_set.train), 2))
     assert sum(step.passes for step in steps) == pytest.approx(plan.passes)
     expected = [("trunk", 0), *((stage, n) for n in range(3) for stage in ("subsets", "subsamples"))]
     assert [(step.stage, step.round) for step in steps] == [*expected, ("fine_tuning", 0), ("test", 0)]

@@ -90,7 +90,7 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
             own=(0 if is_last else state)
             + frozen * (number == 0)
             + num_checkpoints * checkpoint
-            + outputs * rounds.evaluated(number) * has_parts,
+            + predicted * has_parts,
             aggregate=whole + momentum * rounds.has_outer_step(),
             states=state * (is_averaged + (has_parts and rounds.optimizer_state != "reset")) * (number > 0),
             averaged=(num + 1) * state * (is_averaged and not is_last),

@@ -165,11 +165,11 @@ class _Stages:
         config, sizes = self._config, [len(subset.indices) for subset in self._plan.subsets]
         request = {"CPU": config.actors.num_cpus, "GPU": self._decisions.num_gpus}
         at_once = max(1, min(len(sizes), num_slots(request, startable=True), config.actors.max_num or len(sizes)))
-        steps = planned_steps(
-            config, self._plan, len(self._full_set.train), at_once, config.fine_tuning.workers(auto=1)
+        num_train, text = (
+            len(self._full_set.train),
+            f"planned: up to {self._plan.passes:.2f} passes of training in total",
         )
-        text = f"planned: up to {self._plan.passes:.2f} passes of training in total"
-        return Planned(text, tuple(steps), len(self._full_set.train))
+        return Planned(text, tuple(planned_steps(config, self._plan, num_train, at_once)), num_train)
 
     def take_over_trunk(self, source: RunDirectory) -> None:
         """Copy the trunk of another directory and its work's record, unless this run has a trunk."""

@@ -121,18 +121,17 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     )
 
 
-def planned_steps(config: Config, plan: Plan, num_train: int, at_once: int, num_workers: int) -> Iterator[Step]:
+def planned_steps(config: Config, plan: Plan, num_train: int, at_once: int) -> Iterator[Step]:
     """Yield what each stage of a run trains for, in order.
 
     Args:
         at_once: actors that the cluster has room for, or can have.
-        num_workers: of fine-tuning.
     """
     drawing = plan.drawing(config, None)
     if config.method == "conventional":
         legs = iter([drawing.conventional(plan.passes, num_workers=config.conventional.num_workers)])
     else:
-        legs = (leg for leg in drawing.legs(num_workers=max(1, num_workers)) if leg.kind != "aggregate")
+        legs = (leg for leg in drawing.legs(num_workers=config.fine_tuning.workers(auto=1)) if leg.kind != "aggregate")
     for (stage, round), group in groupby(legs, lambda leg: (leg.told_stage, leg.round)):
         stage_legs = list(group)
         passes, first = math.fsum(leg.passes(num_train) for leg in stage_legs), stage_legs[0]
