@@ -13,6 +13,7 @@ from raysubset.errors import listed
 MOST_NAMED = 3  # files named in one line
 
 _SCHEMA = pa.schema({"file": pa.string(), "size": pa.int64(), "digest": pa.string(), "stamp": pa.string()})
+_ALL = pa.schema([("kind", pa.string()), ("name", pa.string()), *_SCHEMA])
 
 
 class Entry(NamedTuple):
@@ -32,13 +33,12 @@ def hasher(data: bytes = b"") -> "hashlib.blake2b":
 def fingerprint(entries: Iterable[Entry]) -> pa.Table:
     """Return the table of the entries, each file once, in order of their names."""
     ordered = sorted({entry.file: entry for entry in entries}.values())
-    columns = zip(*ordered, strict=True) if ordered else ((), (), (), ())
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
+    return pa.Table.from_pylist([entry._asdict() for entry in ordered], _SCHEMA)
 
 
 def entries(table: pa.Table) -> dict[str, Entry]:
     """Return the entries of a fingerprint(), by file."""
-    return {values[0]: Entry(*values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)}
+    return {row["file"]: Entry(**row) for row in table.to_pylist()}
 
 
 def changes(old: pa.Table, new: pa.Table) -> list[str]:
@@ -77,21 +77,20 @@ class Identity:
 
     def to_table(self) -> pa.Table:
         """Return the table of identity.parquet."""
-        parts = []
-        for kind, tables in (("data", self.data), ("code", self.code)):
-            for name, table in tables.items():
-                key_columns = pa.table({"kind": [kind] * len(table), "name": [name] * len(table)}, _NAMED)
-                parts.append(pa.table([*key_columns.columns, *table.columns], schema=_ALL))
-        return pa.concat_tables([_ALL.empty_table(), *parts]).replace_schema_metadata(
-            {"places": json.dumps(dict(self.places))}
-        )
+        rows = [
+            {"kind": kind, "name": name, **entry._asdict()}
+            for kind, tables in (("data", self.data), ("code", self.code))
+            for name, table in tables.items()
+            for entry in entries(table).values()
+        ]
+        return pa.Table.from_pylist(rows, _ALL.with_metadata({"places": json.dumps(dict(self.places))}))
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
         """Return the identity that to_table() wrote."""
         groups: dict[str, dict[str, list[Entry]]] = {"data": {}, "code": {}}
-        for kind, name, *values in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            groups[kind].setdefault(name, []).append(Entry(*values))
+        for row in table.to_pylist():
+            groups[row.pop("kind")].setdefault(row.pop("name"), []).append(Entry(**row))
         tables = {kind: {name: fingerprint(group) for name, group in named.items()} for kind, named in groups.items()}
         return cls(tables["data"], tables["code"], json.loads((table.schema.metadata or {}).get(b"places", b"{}")))
 
@@ -115,7 +114,3 @@ class Identity:
 
     def is_empty(self) -> bool:
         return not (self.data or self.code)
-
-
-_NAMED = pa.schema({"kind": pa.string(), "name": pa.string()})
-_ALL = pa.schema([*_NAMED, *_SCHEMA])

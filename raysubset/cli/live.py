@@ -103,10 +103,6 @@ class _AtWork:
         """Return the last events of those heard since then, in order of subsets and ranks."""
         return sorted((event for event, at in self._rows.values() if at >= then), key=_order)
 
-    def __bool__(self) -> bool:
-        """Return True if there is any."""
-        return bool(self._rows)
-
 
 # Plain lines
 
@@ -236,7 +232,7 @@ class LiveView:
             room = max(0, options.size.height - _BELOW)
             parts: list[RenderableType] = []
             if self._standing is not None:
-                of_table = room // 2 if self._at_work else room
+                of_table = room // 2 if self._at_work.since(0.0) else room
                 parts.append(self._arms_or_trials(self._standing, options.max_width, of_table))
                 room -= room // 2
             parts += self._actors(options.max_width, room)

@@ -51,10 +51,8 @@ class Vocabulary:
         """Return the numbers of a text's tokens, [T] of `dtype`."""
         if self.kind == "bytes":
             return np.frombuffer(text.encode(), np.uint8)
-        characters, code_points = _code_points(self.characters), _code_points(text)
-        places = np.searchsorted(characters, code_points)
-        is_known = characters[np.minimum(places, len(characters) - 1)] == code_points
-        return np.where(is_known, places, len(characters)).astype(self.dtype)
+        numbers = {character: number for number, character in enumerate(self.characters)}
+        return np.fromiter((numbers.get(each, len(numbers)) for each in text), self.dtype, len(text))
 
     def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Return the text of token numbers. Bytes that are not UTF-8, and unknown characters, become "\ufffd".
@@ -121,7 +119,3 @@ def windows(ids: np.ndarray, length: int, *, where: str = "the text") -> np.ndar
             f"{max(1, len(ids) - 1)} or less, or more text"
         )
     return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length])
-
-
-def _code_points(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
