@@ -781,7 +781,6 @@ def test_labels_of_hive_folders_are_the_classes():
         (["cat/train", "cat/test", "dog/train", "dog/test"], "test, train in the class folder cat name splits"),
         ([*crossed("archive")], "archive is its only folder, .* set data.name to set/archive"),
         ([*crossed("archive/train", "archive/test")], "archive is its only folder"),
-        (["caf\u00e9", "cafe\u0301"], "are one name in two Unicode forms"),
     ],
 )
 def test_folders_that_may_be_splits_or_classes_are_refused_with_the_way_out(folders: list[str], message: str):
@@ -792,16 +791,6 @@ def test_folders_that_may_be_splits_or_classes_are_refused_with_the_way_out(fold
 def test_an_empty_folder_of_a_split_is_refused():
     with pytest.raises(ValueError, match=r"folder val names a split and holds no image: .*--data.ignored val$"):
         layout_of(*crossed("train", "test"), empty=("val", "annotations"))
-
-
-def test_classes_that_hold_the_same_folders_are_warned_of(tmp_path: Path):
-    for part in crossed("trn", "tst"):
-        write_images(tmp_path / part, random_images(5))
-    warning = "warning: class folders trn, tst of the train split hold folders of the same names (cat, dog): if those"
-    assert any(note.startswith(warning) for note in load(tmp_path).notes)
-    (tmp_path / "trn").rename(tmp_path / "trainingsdaten")
-    with pytest.raises(ValueError, match=r"class folders trainingsdaten, tst .*: name splits by words of their own"):
-        load(tmp_path)
 
 
 def test_an_archive_unpacked_twice_is_refused(tmp_path: Path):

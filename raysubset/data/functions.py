@@ -18,6 +18,7 @@ from raysubset.data.split import SplitName
 from raysubset.data.tables import from_tables
 from raysubset.errors import first_line
 from raysubset.events import Note
+from raysubset.tasks.columns import is_string
 from raysubset.user_code.functions import call_function
 from raysubset.user_code.given import is_given
 
@@ -34,6 +35,8 @@ class Arrays:
 
 Returned = Source | Tables | Arrays
 _Split = SourceSplit | pa.Table | dict[str, np.ndarray]
+_PAIR = ("input", "target")
+_KINDS = {SourceSplit: "images with labels", pa.Table: "a table", dict: "arrays"}
 
 
 def read_returned(config: DataConfig, task: str) -> Returned:
@@ -55,7 +58,8 @@ def read_returned(config: DataConfig, task: str) -> Returned:
     returned: dict[SplitName, _Split] = {}
     for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
         returned[name] = _recognise(value, config, where, task)
-        if (kind := _kind(returned[name])) != (first := _kind(returned["train"])):
+        first, kind = (_KINDS[type(returned[split])] for split in ("train", name))
+        if kind != first:
             text = f"{config.name} returned {first} as its train split and {kind} as its {name} split"
             raise ValueError(f"{text}: give all splits alike")
     images: Source = {}
@@ -97,9 +101,7 @@ def read_table_arrays(config: DataConfig) -> Arrays:
 
 def _arrays_of(table: pa.Table) -> dict[str, np.ndarray]:
     arrays = {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
-    texts = {
-        field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-    }
+    texts = {field.name for field in table.schema if is_string(field.type)}
     return {name: values.astype(str) if name in texts else values for name, values in arrays.items()}
 
 
@@ -144,12 +146,6 @@ def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, 
     if "train" not in splits:
         raise ValueError(f"{config.name} returned no train split, only {', '.join(splits)}")
     return {name: (splits[name], f"{config.name}'s {name} split") for name in names if name in splits}
-
-
-def _kind(split: _Split) -> str:
-    if isinstance(split, SourceSplit):
-        return "images with labels"
-    return "a table" if isinstance(split, pa.Table) else "arrays"
 
 
 def _is_pair(value: Any) -> bool:
@@ -282,42 +278,29 @@ def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[s
     """Read all items of a torch Dataset once, into a pair of arrays or a dict of them.
 
     Raises:
-        ValueError: for a dataset without a length, for what reading an item raises, and for items that differ in shape.
+        ValueError: for a dataset without a length, for what reading an item raises, and for items that are unlike.
     """
+    items: list[Any] = []
     try:
-        num = len(dataset)
-    except (TypeError, NotImplementedError) as error:
-        raise ValueError(f"{where} is a {type(dataset).__name__} without a length: give a map-style Dataset") from error
-    columns: dict[Any, list[np.ndarray]] = {}
-    is_pair = False
-    for number in range(num):
-        try:
-            item = dataset[number]
-        except Exception as error:
-            text = f"item {number} of {where} raised {type(error).__name__}: {first_line(error)}"
-            raise ValueError(text) from error
-        is_pair = _is_pair(item)
-        if not is_pair and not isinstance(item, Mapping):
-            raise ValueError(
-                f"item {number} of {where} is a {type(item).__name__}: it should be a pair (input, target) or a dict"
-            )
-        values = dict(enumerate(item)) if is_pair else item
-        if number and [*values] != [*columns]:
-            raise ValueError(f"item {number} of {where} has {[*values]}, those before it {[*columns]}: give all alike")
-        for key, value in values.items():
-            array = _array(value, f"item {number} of {where}")
-            arrays = columns.setdefault(key, [])
-            if arrays and arrays[0].shape != array.shape:
-                part = ("input", "target")[key] if is_pair else key
-                raise ValueError(
-                    f"the {part} of item {number} of {where} has shape {array.shape}, others have {arrays[0].shape}: "
-                    "give all one shape"
-                )
-            arrays.append(array)
-    if not num:
+        for number in range(len(dataset)):
+            items.append(dataset[number])
+    except Exception as error:
+        text = f"reading item {len(items)} of {where} raised {type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"{text}; a Dataset needs a length, and items by their numbers") from error
+    if not items:
         raise ValueError(f"{where} has no items: give at least one")
-    stacked = {key: np.stack(values) for key, values in columns.items()}
-    return (stacked[0], stacked[1]) if is_pair else stacked
+    rows: list[Mapping[str, Any]] = [
+        item if isinstance(item, Mapping) else dict(zip(_PAIR, item, strict=True)) if _is_pair(item) else {}
+        for item in items
+    ]
+    if unlike := [number for number, row in enumerate(rows) if not row or [*row] != [*rows[0]]]:
+        item = items[unlike[0]]
+        shown = f"a {type(item).__name__}{f' with {[*item]}' if isinstance(item, Mapping) else ''}"
+        raise ValueError(
+            f"item {unlike[0]} of {where} is {shown}: all should be pairs (input, target), or dicts with the same names"
+        )
+    arrays = {name: _array([_array(row[name], where) for row in rows], f"{name} of {where}") for name in rows[0]}
+    return arrays if isinstance(items[0], Mapping) else (arrays["input"], arrays["target"])
 
 
 def _array(values: Any, where: str) -> np.ndarray:

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shlex
-import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from raysubset.data.split import SplitName
-from raysubset.events import Note
 
 # The words by which the `datasets` library recognises splits in file and folder names.
 _SPLIT_WORDS: dict[str, SplitName] = {
@@ -291,27 +289,6 @@ def _without_word(path: str, words: Sequence[str]) -> str | None:
     return None
 
 
-def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]:
-    """Warn if all class folders hold folders of the same names: those may be the classes, and their parents splits.
-
-    Raises:
-        ValueError: if the class folders' names also contain a word of a split.
-    """
-    for split, files in layout.items():
-        inner: defaultdict[str, set[str]] = defaultdict(set)
-        for file in files:
-            inner[str(file.class_name)].add(file.path.rsplit("/", 2)[-2])
-        first, *others = inner.values()
-        if others and len(first) > 1 and all(names == first for names in others):
-            names = some(sorted(first))
-            text = f"class folders {some(inner)} of the {split} split hold folders of the same names ({names})"
-            if any(re.search(_ANY_WORD, name.lower()) for name in inner):
-                _refuse(where, text, "name splits by words of their own, as my-train and my-test do", ignore=None)
-            text += ": if those are the classes, give data.name a folder that holds them directly"
-            return (Note(text, is_warning=True),)
-    return ()
-
-
 def refuse_copies(sizes: Mapping[str, int], *, where: str) -> None:
     """Refuse a folder that is a copy of what lies beside it, such as an archive that was unpacked twice.
 
@@ -365,16 +342,10 @@ def _classes(
     for folder in empty:
         if folder.startswith(prefix) and "/" not in folder[len(prefix) :]:
             _refuse(where, f"folder {folder} holds no image", "remove it", ignore=folder)
-    names: dict[str, str] = {}
     files = []
     for folder, paths in folders.items():
-        name = unicodedata.normalize("NFC", folder.removeprefix(f"{label_column}="))
-        if name in names:
-            text = f"class folders {names[name]!a} and {folder!a} are one name in two Unicode forms"
-            _refuse(where, text, "put them together", ignore=None)
-        names[name] = folder
         _refuse_splits_of_a_class(paths, f"{prefix}{folder}", where)
-        files += [Placed(path, name) for path in paths]
+        files += [Placed(path, folder.removeprefix(f"{label_column}=")) for path in paths]
     return sorted(files, key=lambda file: file.path)
 
 
