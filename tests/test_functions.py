@@ -15,9 +15,9 @@ import pytest
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import load_full_set
-from raysubset.data.columns import Tables
 from raysubset.data.fitting import of_arrays
 from raysubset.data.functions import Arrays, read_returned, read_returned_texts, read_table_arrays
+from raysubset.data.tables import Tables
 from raysubset.tasks import Regression
 from raysubset.user_code.functions import in_a_line
 

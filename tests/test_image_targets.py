@@ -175,7 +175,7 @@ COLOURED = encode(IMAGES[0])
     ("columns", "task", "settings", "message"),
     [
         (ages(AGES), "regression", {"target": "agee"}, "no column agee: set --data.target to some of image, age; did"),
-        (ages(AGES), "regression", {}, "has neither a column target nor label: set --data.target to the one to learn"),
+        (ages(AGES), "regression", {}, "has no column target or label: set --data.target to the one to learn"),
         (ages(AGES), "regression", {"target": "image"}, "it cannot be learned from itself"),
         (
             ages([*map(str, AGES)]),
@@ -204,7 +204,12 @@ COLOURED = encode(IMAGES[0])
             {},
             "the mask in row 0 of .* PNG of mode RGB: save the number of each pixel's",
         ),
-        (masks(*[COLOURED] * 20), "segmentation", {}, "at least 10 images .*row 9 of [^ ]*: PNG of mode RGB: save"),
+        (
+            masks(*[COLOURED] * 20),
+            "segmentation",
+            {},
+            "at least 10 images .*row 9 of the train split of [^ ]*: PNG of mode RGB",
+        ),
         (masks(encode(MASKS[0], kind="JPEG")), "segmentation", {}, "the mask in row 0 of .* JPEG of mode L: save"),
         (
             masks(b"", encode(MASKS[1].T)),
@@ -244,7 +249,7 @@ COLOURED = encode(IMAGES[0])
             {"target": "age", "image_size": 6},
             "are lists, which --data.image-size does",
         ),
-        (masks(), "segmentation", {"target": "mask,image"}, "learns one column of masks, not mask, image: set"),
+        (masks() | {"m": MASK_PNGS}, "segmentation", {"target": "mask,m"}, "one column of masks, not mask, m: set"),
         (
             masks(),
             "segmentation",

@@ -1,48 +1,41 @@
-"""Reads tables to learn from their columns: decides which are features, which the target, and the target's classes."""
+"""Reads the files of tables, with columns to learn or with columns of images; and numbers a column's classes."""
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig
-from raysubset.data.files import describe_files, no_table, read_files, read_schema, refuse_other_formats
+from raysubset.data.files import (
+    describe_files,
+    no_table,
+    not_streamed,
+    read_files,
+    read_named_file,
+    read_schema,
+    refuse_other_formats,
+)
 from raysubset.data.finding import DataFiles, find_files
+from raysubset.data.image_columns import plain, with_full_paths
 from raysubset.data.labels import number_classes
 from raysubset.data.layout import Placed, some
-from raysubset.data.row_groups import TableGroups, concatenated
+from raysubset.data.row_groups import ImageGroups, RowGroups, TableGroups, concatenated
 from raysubset.data.split import SplitName
 from raysubset.data.tables import (
-    join_tables,
-    plain,
+    ROW_NUMBERS,
+    Tables,
+    choose_columns,
+    holds_images,
+    learned_columns,
+    needed_columns,
     refuse_absent,
     refuse_unreadable,
     split_names,
-    usual_note,
-    usual_target,
 )
 from raysubset.events import Note
-from raysubset.tasks.columns import TableInputs, kind_of_column
-
-_TARGETS = ("target", "label")  # the usual names of a target, if data.target names none
-
-# The names of row numbers that pandas writes beside a table, in CSV and in Parquet: an index without a name.
-_ROW_NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
-
-
-@dataclass(frozen=True)
-class Tables:
-    """A data set of tables, and which of their columns are features and targets."""
-
-    splits: Mapping[SplitName, pa.Table]  # features, targets, and further scalars
-    features: tuple[str, ...]
-    targets: tuple[str, ...]  # more than one for regression only
-    notes: tuple[Note, ...]
-    streamed: TableGroups | None = None  # the files of the training features, if those are not held in memory
+from raysubset.tasks.columns import TableInputs, is_string
 
 
 def is_of_columns(config: DataConfig) -> bool:
@@ -57,35 +50,30 @@ def is_of_columns(config: DataConfig) -> bool:
     return not holds_images(read_schema(files, files.layout["train"][0]), config)
 
 
-def holds_images(schema: pa.Schema, config: DataConfig) -> bool:
-    """Return True if a table is read as images: it has the image column, or a column that can only hold images.
-
-    So a mistyped data.image_column is reported, instead of learning from the other columns of a set of images.
-    """
-    if config.columns is not None:
-        return False
-    is_named = config.image_column in schema.names or config.image_column != DataConfig.image_column
-    return is_named or not all(_is_plain(field.type) for field in schema)
-
-
-def read_tables(config: DataConfig) -> Tables:
-    """Read the files of a path as tables of columns.
+def read_tables(config: DataConfig, task: str = "classification") -> Tables:
+    """Read the files of a path as tables of columns, or of images and their targets.
 
     Raises:
         ValueError: with the file, if there is nothing to read, or it is damaged or ambiguous.
     """
     files = _find_tables(config)
     notes, streamed = [], None
+    needed = partial(needed_columns, config=config, task=task)
     by_split: dict[SplitName, dict[str, pa.Table]] = {}
     for split, members in files.layout.items():
         if split == "train" and config.streamed:
-            by_split[split], streamed = _stream(files, members, config)
+            tables, streamed = _stream(files, members, config, task)
+        elif config.columns is not None:
+            tables = read_files(files, members, needed)
         else:
-            by_split[split] = read_files(files, members, partial(_needed, config=config))
-        num = sum(table.num_rows for table in by_split[split].values())
+            tables = read_files(files, members, needed, texts=(config.image_column,))
+            tables = {path: with_full_paths(table, config.image_column, path) for path, table in tables.items()}
+        by_split[split] = tables
+        num = sum(table.num_rows for table in tables.values())
         notes.append(Note(f"{split} split: {num} examples of {describe_files(files, members)}"))
-    tables = choose_columns(by_split, config, streamed)
-    return dataclasses.replace(tables, notes=(*notes, *files.notes, *tables.notes))
+    chosen = choose_columns(by_split, config, task, streamed)
+    read_file = partial(read_named_file, files.system, config.name)
+    return dataclasses.replace(chosen, notes=(*notes, *files.notes, *chosen.notes), read_file=read_file)
 
 
 def read_columns(config: DataConfig) -> tuple[dict[SplitName, pa.Table], tuple[Note, ...]]:
@@ -101,7 +89,7 @@ def read_columns(config: DataConfig) -> tuple[dict[SplitName, pa.Table], tuple[N
     def needed(schema: pa.Schema, path: str) -> list[str]:
         names = split_names("columns", config.columns, schema.names)
         refuse_absent(names, schema.names, path, option="columns")
-        columns = [*names] or [name for name in schema.names if not _ROW_NUMBERS.fullmatch(name)]
+        columns = [*names] or [name for name in schema.names if not ROW_NUMBERS.fullmatch(name)]
         refuse_unreadable(schema, columns, path)
         return columns
 
@@ -112,21 +100,35 @@ def read_columns(config: DataConfig) -> tuple[dict[SplitName, pa.Table], tuple[N
     return splits, (*notes, *files.notes)
 
 
-def _stream(files: DataFiles, members: Sequence[Placed], config: DataConfig) -> tuple[dict[str, pa.Table], TableGroups]:
+def _stream(
+    files: DataFiles, members: Sequence[Placed], config: DataConfig, task: str
+) -> tuple[dict[str, pa.Table], RowGroups]:
     """Return a streamed split's tables by file, without their features, and the files of the features."""
     refuse_other_formats(files, members)
     path, where = files.full_path(members[0]), f"the train split of {config.name}"
-    readable = _needed(read_schema(files, members[0]), path, config)
-    features, _ = _features(readable, _targets(readable, config, path)[0], config, path)
+    schema = read_schema(files, members[0])
+    are_images = holds_images(schema, config)
+    if are_images and task in ("regression", "segmentation"):
+        raise ValueError(
+            f"data.streamed reads images with classes, and --task {task} learns something else: leave --data.streamed "
+            "out to read them into memory"
+        )
+    readable = needed_columns(schema, path, config, task)
+    _, features, _ = learned_columns(readable, config, task, path, are_images=are_images)
     schemas: list[pa.Table] = []
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
-        names = _needed(schema, path, config)
+        names = needed_columns(schema, path, config, task)
         refuse_absent(features, names, path)
-        schemas.append(plain(schema.empty_table().select(features), config, path))
+        if not are_images:
+            schemas.append(plain(schema.empty_table().select(features), config, path))
+        elif is_string(schema.field(config.image_column).type):
+            raise not_streamed(f"{path} holds the paths of images")
         return names
 
     tables = read_files(files, members, needed, left_out=features)
+    if are_images:
+        return tables, ImageGroups.of_files(config, where, [*tables])
     schema = concatenated(schemas, where).schema
     return tables, TableGroups.of_files(config, where, [*tables], members=tuple(members), schema=schema)
 
@@ -163,34 +165,6 @@ def read_rows(path: str, inputs: TableInputs) -> pa.Table:
     return concatenated(tables, path)
 
 
-def choose_columns(
-    by_split: Mapping[SplitName, Mapping[str, pa.Table]], config: DataConfig, streamed: TableGroups | None = None
-) -> Tables:
-    """Join the tables of each split, and decide which columns are targets and features.
-
-    Args:
-        by_split: for each split, tables by file name; the first of "train" decides.
-        streamed: the features of the training tables, if those do not hold them.
-
-    Raises:
-        ValueError: for a missing column, with the nearest name, and for tables that cannot be joined.
-    """
-    path, first = next(iter(by_split["train"].items()))
-    streamed_names = streamed.schema.names if streamed else []
-    targets, notes = _targets([*first.column_names, *streamed_names], config, path)
-    features, feature_notes = _features([*first.column_names, *streamed_names], targets, config, path)
-    notes += feature_notes
-    splits: dict[SplitName, pa.Table] = {}
-    for split, files in by_split.items():
-        where = f"the {split} split of {config.name}"
-        for path, table in files.items():
-            names = [*table.column_names, *(streamed_names if split == "train" else ())]
-            refuse_absent((*targets, *features), names, path, is_train=split == "train")
-        splits[split], joining = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
-        notes += joining
-    return Tables(splits, features, targets, tuple(notes), streamed)
-
-
 def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:
     """Number the target's classes with number_classes().
 
@@ -204,45 +178,3 @@ def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[st
             "regression, or write a task of your own, which may learn several labels"
         )
     return number_classes({split: table.column(target) for split, table in tables.splits.items()})
-
-
-def _needed(schema: pa.Schema, path: str, config: DataConfig) -> list[str]:
-    """Return the columns to read: those that the config names, and all numbers, texts and times."""
-    targets = split_names("target", config.target, schema.names) or _TARGETS
-    chosen_names = {*targets, *split_names("columns", config.columns, schema.names)}
-    needed = [field.name for field in schema if field.name in chosen_names or _is_plain(field.type)]
-    refuse_unreadable(schema, needed, path)
-    return needed
-
-
-def _is_plain(type_: pa.DataType) -> bool:
-    return kind_of_column(type_.value_type if pa.types.is_dictionary(type_) else type_) is not None
-
-
-def _targets(names: Sequence[str], config: DataConfig, path: str) -> tuple[tuple[str, ...], list[Note]]:
-    if targets := split_names("target", config.target, names):
-        refuse_absent(targets, names, path, option="target")
-        return targets, []
-    name = usual_target(names, _TARGETS, path)
-    return (name,), [usual_note(name)]
-
-
-def _features(
-    names: Sequence[str], targets: Sequence[str], config: DataConfig, path: str
-) -> tuple[tuple[str, ...], list[Note]]:
-    if chosen := split_names("columns", config.columns, names):
-        refuse_absent(chosen, names, path, option="columns")
-        if overlap := [name for name in chosen if name in targets]:
-            raise ValueError(f"{overlap[0]} is in --data.columns and --data.target: it cannot be learned from itself")
-        return chosen, []
-    others = [name for name in names if name not in targets]
-    row_numbers = [name for name in others if _ROW_NUMBERS.fullmatch(name)]
-    features = tuple(name for name in others if name not in row_numbers)
-    if not features:
-        raise ValueError(
-            f"{path} has no columns beside {', '.join((*targets, *row_numbers))}: give it some to learn from"
-        )
-    if not row_numbers:
-        return features, []
-    left_out = some(repr(name) for name in row_numbers)
-    return features, [Note(f"row numbers that pandas wrote are left out: {left_out}; --data.columns names them")]

@@ -1,4 +1,4 @@
-"""Reads data sets by path or URI: Parquet, Arrow, CSV and text files, or a folder with a folder of images per class."""
+"""Reads files by path or URI: Parquet, Arrow, CSV and text files, and folders of images."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,17 +16,9 @@ from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, fin
 from raysubset.data.image_columns import image_column, images_of, with_full_paths
 from raysubset.data.images import EncodedImages, decode_masks
 from raysubset.data.layout import Placed, some
-from raysubset.data.row_groups import ImageGroups
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
-from raysubset.data.tables import (
-    IMAGE_TARGETS,
-    from_tables,
-    image_split,
-    join_tables,
-    needed_columns,
-    refuse_unreadable,
-)
+from raysubset.data.tables import refuse_unreadable
 from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.tasks.columns import is_string
@@ -37,38 +29,36 @@ _HEADER_BYTES = 2**20  # of a CSV file, in which its header ends
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_path(config: DataConfig, task: str) -> Source:
-    """Read the images of a file, or of a folder with all below it, for a task, from any filesystem of pyarrow.
+def read_image_folders(config: DataConfig, task: str) -> Source:
+    """Read a folder of images with a folder for each class, or beside folders of masks.
 
     Raises:
-        ValueError: with the file, if there is nothing to read, or it is damaged or ambiguous.
+        ValueError: if the folders are ambiguous, the task does not learn masks, or a mask does not fit its image.
     """
     files = find_files(config)
-    if files.kind == "texts":
-        raise no_table(files)
-    if config.streamed and task in IMAGE_TARGETS:
-        raise ValueError(
-            f"data.streamed reads images with classes, and --task {task} learns something else: leave --data.streamed "
-            "out to read them into memory"
-        )
-    if files.kind == "images" and config.streamed:
+    if config.columns is not None:
+        raise ValueError(f"{config.name} is a folder of image files, without columns: leave --data.columns out")
+    if config.streamed:
         raise not_streamed(f"{config.name} is a folder of image files")
-    needed = partial(needed_columns, config=config, task=task)
     source: Source = {}
     for split, members in files.layout.items():
-        where = f"the {split} split of {config.name}" if members[0].path else config.name
-        if files.kind == "images":
-            split_source, origin = _read_images(files, members, where, config, task)
-        elif split == "train" and config.streamed:
-            split_source, origin = _read_streamed(files, members, config, where), describe_files(files, members)
+        images = _encoded(files, [member.path for member in members])
+        masks = [member.mask for member in members if member.mask]
+        if masks:
+            example = f"images with masks, such as {members[0].path} with {masks[0]}"
+            if task != "segmentation":
+                raise ValueError(
+                    f"{config.name} holds {example}, which --task {task} does not learn: use --task segmentation"
+                )
+            where = f"the {split} split of {config.name}"
+            targets = decode_masks(_encoded(files, masks), images, where, config.image_size)
         else:
-            column, read_file = config.image_column, partial(_read_named_file, files.system, where)
-            tables = read_files(files, members, needed, texts=(column,))
-            split_source, origin = from_tables(tables, config, where, task, read_file), describe_files(files, members)
-            if any(is_string(table.schema.field(column).type) for table in tables.values()):
-                origin += f", whose column {column} names the images"
-        note = Note(f"{split} split: {len(split_source.targets)} examples of {origin}")
-        source[split] = dataclasses.replace(split_source, notes=(note, *split_source.notes))
+            names = [str(member.class_name) for member in members]
+            distinct, targets = list(dict.fromkeys(names)), pa.chunked_array([names])
+            example = f"{len(distinct)} class folders ({some(distinct)}), such as {members[0].path}"
+        columns = {"file": pa.chunked_array([[member.path for member in members]])}
+        note = Note(f"{split} split: {len(members)} examples of {example}")
+        source[split] = SourceSplit(images, targets, columns, (note,), where=f"the {split} split of {config.name}")
     source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
     return source
 
@@ -97,11 +87,11 @@ def read_image_rows(path: str, column: str, *, image_size: int | None) -> Encode
     (table,) = read_files(files, [member], needed, texts=(column,)).values()
     if not table.num_rows:
         raise ValueError(f"{path} has no rows: give a table with images")
-    table, read_file = with_full_paths(table, column, files.root), partial(_read_named_file, files.system, path)
+    table, read_file = with_full_paths(table, column, files.root), partial(read_named_file, files.system, path)
     return images_of(image_column(table, column, path), path, image_size=image_size, read_file=read_file)[0]
 
 
-def _read_named_file(system: fs.FileSystem, where: str, path: str) -> bytes:
+def read_named_file(system: fs.FileSystem, where: str, path: str) -> bytes:
     """Return the bytes of an image that a table names."""
     try:
         with system.open_input_stream(path) as file:
@@ -149,22 +139,6 @@ def not_streamed(reason: str) -> ValueError:
         f"data.streamed reads row groups of Parquet files, but {reason}: write the training split as Parquet, or leave "
         "--data.streamed out to read it into memory"
     )
-
-
-def _read_streamed(files: DataFiles, members: Sequence[Placed], config: DataConfig, where: str) -> SourceSplit:
-    """Read a split's labels and scalars, and record the row groups of its images."""
-
-    def needed(schema: pa.Schema, path: str) -> list[str]:
-        names = needed_columns(schema, path, config, "classification")
-        if is_string(schema.field(config.image_column).type):
-            raise not_streamed(f"{path} holds the paths of images")
-        return names
-
-    refuse_other_formats(files, members)
-    tables = read_files(files, members, needed, left_out={config.image_column})
-    groups = ImageGroups.of_files(config, where, [*tables])
-    table, notes = join_tables(tables, config, where)
-    return image_split(groups, table, notes, (config.label_column,), config, where)
 
 
 def refuse_other_formats(files: DataFiles, members: Sequence[Placed]) -> None:
@@ -245,32 +219,6 @@ def opened(system: fs.FileSystem, path: str) -> Iterator[pa.NativeFile]:
             yield file
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise ValueError(f"{path} cannot be read, perhaps it is damaged or cut short: {first_line(error)}") from error
-
-
-def _read_images(
-    files: DataFiles, members: Sequence[Placed], where: str, config: DataConfig, task: str
-) -> tuple[SourceSplit, str]:
-    """Read a split of image files with their classes or masks. Return it with its origin in words.
-
-    Raises:
-        ValueError: if the task does not learn masks, or a mask does not fit its image.
-    """
-    images = _encoded(files, [member.path for member in members])
-    columns = {"file": pa.chunked_array([pa.array([member.path for member in members])])}
-    masks = [member.mask for member in members if member.mask]
-    if not masks:
-        names = list(dict.fromkeys(str(member.class_name) for member in members))
-        labels = pa.chunked_array([[member.class_name for member in members]])
-        origin = f"{len(names)} class folders ({some(names)}), such as {members[0].path}"
-        return SourceSplit(images, labels, columns=columns, where=where), origin
-    pair = f"{members[0].path} with {masks[0]}"
-    if task != "segmentation":
-        raise ValueError(
-            f"{config.name} holds images with masks, such as {pair}, which --task {task} does not learn: use --task "
-            "segmentation"
-        )
-    targets = decode_masks(_encoded(files, masks), images, where, config.image_size)
-    return SourceSplit(images, targets, columns=columns, where=where), f"images with masks, such as {pair}"
 
 
 def _encoded(files: DataFiles, paths: Sequence[str]) -> EncodedImages:

@@ -7,15 +7,18 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig, nearest
-from raysubset.data.columns import Tables, class_numbers
+from raysubset.data.columns import class_numbers
+from raysubset.data.findings import Findings
 from raysubset.data.full_set import FullSet
+from raysubset.data.image_columns import images_of, masks_of
 from raysubset.data.image_sets import of_images
 from raysubset.data.images import as_images
-from raysubset.data.row_groups import TrainingColumns
+from raysubset.data.layout import some
+from raysubset.data.row_groups import ImageGroups, TableGroups, TrainingColumns
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import Split, SplitName, carve_splits, is_scalar, origin_of
 from raysubset.data.streamed import StreamedSplit, streaming_notes
-from raysubset.data.tables import split_names
+from raysubset.data.tables import Tables, split_names
 from raysubset.data.targets import Targets, alike, mask_targets
 from raysubset.events import Note
 from raysubset.tasks import (
@@ -40,8 +43,11 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     Raises:
         ValueError: for columns that cannot be features or targets, with the way out.
     """
+    if tables.are_images:
+        return _of_image_tables(tables, config, task)
     targets = _targets_of_tables(tables, config, task)
     rows, carving = carve_splits(targets.strata, config)
+    assert isinstance(tables.streamed, TableGroups | None)
     carved: list[SplitName] = [split for split in SPLITS[1:] if split not in targets.values]
     streamed = tables.streamed and TrainingColumns(tables.streamed, rows, kept=carved)
     inputs, fitted = fit_columns(
@@ -68,6 +74,33 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
         train, num_held = StreamedSplit(train, groups), splits["validation"].num_bytes + splits["test"].num_bytes
         notes += streaming_notes(train, num_held)
     return FullSet(config.name, train, splits["validation"], splits["test"], learned, tuple(notes))
+
+
+def _of_image_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
+    stored = {"regression": "target", "segmentation": "mask"}.get(task.name, "label")
+    own = {"image", stored, "row", *tables.features, *tables.targets}
+    source: Source = {}
+    masks: dict[SplitName, np.ndarray] = {}
+    for split, table in tables.splits.items():
+        where, findings = f"the {split} split of {config.name}", Findings()
+        if split == "train" and isinstance(tables.streamed, ImageGroups):
+            images = tables.streamed
+        else:
+            column = table.column(config.image_column)
+            images, findings = images_of(column, where, image_size=config.image_size, read_file=tables.read_file)
+            if task.name == "segmentation":
+                column = table.column(tables.targets[0])
+                masks[split] = masks_of(column, images, where, image_size=config.image_size)
+        names = [field.name for field in table.schema if is_scalar(field.type) and field.name not in own]
+        notes = tables.notes if split == "train" else ()
+        source[split] = SourceSplit(images, None, {name: table[name] for name in names}, notes, findings, where)
+    if task.name != "segmentation":
+        return of_images(source, config, task, _targets_of_tables(tables, config, task))
+    if len(tables.targets) > 1:
+        raise ValueError(
+            f"segmentation learns one column of masks, not {some(tables.targets)}: set --data.target to one"
+        )
+    return of_images(source, config, task, mask_targets(masks, task, config.name))
 
 
 def of_texts(
@@ -242,7 +275,7 @@ def _images_of(
                 f"{column} of the {split} split is {_shown(images)}, and --data.image-size resizes no arrays with "
                 "masks: resize both before, and leave it out"
             )
-        source[split] = SourceSplit(as_images(images, where, size)[0], np.empty(0), where=where)
+        source[split] = SourceSplit(as_images(images, where, size)[0], None, where=where)
     return source
 
 
@@ -253,7 +286,7 @@ def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> 
             for split, table in tables.splits.items()
         }
         return Targets("numbers", values, tables.targets)
-    if task.name != "classification":
+    if task.name != "classification" and not task.is_class:
         raise ValueError(
             f"{config.name} is a table, and --task {task.name} cannot be learned from its columns: use classification "
             "or regression, name the column of its images with --data.image-column, or give data.name a function that "

@@ -10,12 +10,12 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.columns import Tables, choose_columns, holds_images, read_columns
+from raysubset.data.columns import read_columns
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
-from raysubset.data.tables import from_tables
+from raysubset.data.tables import Tables, choose_columns, holds_images
 from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.tasks.columns import is_string
@@ -80,8 +80,8 @@ def read_returned(config: DataConfig, task: str) -> Returned:
     if arrays:
         _refuse_unlike(arrays, config)
         return Arrays(arrays, tuple(notes))
-    of_columns = choose_columns(tables, config)
-    return dataclasses.replace(of_columns, notes=(*notes, *of_columns.notes))
+    chosen = choose_columns(tables, config, task)
+    return dataclasses.replace(chosen, notes=(*notes, *chosen.notes))
 
 
 def read_table_arrays(config: DataConfig) -> Arrays:
@@ -174,9 +174,7 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> _Split:
     if hasattr(value, "__arrow_c_stream__") and not isinstance(value, pa.Table):
         value = pa.table(value)
     if isinstance(value, pa.Table):
-        if holds_images(value.schema, config):
-            return from_tables({where: value}, config, where, task)
-        if ":" not in task:
+        if ":" not in task or holds_images(value.schema, config):
             return value
         value = _arrays_of(value)
     if isinstance(value, Mapping):

@@ -64,10 +64,10 @@ def with_full_paths(table: pa.Table, name: str, where: str) -> pa.Table:
     """Return the table, with paths in a column of texts below the folder of the table's file, unless they are absolute.
 
     Args:
-        name: the column of images. Other columns of images than texts stay.
+        name: the column of images. A table without it, or whose images are no texts, stays.
         where: the path of the table's file.
     """
-    if not is_string(table.schema.field(name).type):
+    if name not in table.column_names or not is_string(table.schema.field(name).type):
         return table
     folder = where.rpartition("/")[0]
     texts = table.column(name).to_pylist()

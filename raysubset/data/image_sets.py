@@ -10,12 +10,10 @@ from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.decoding import decode_source
 from raysubset.data.full_set import FullSet, statistics_of_levels
 from raysubset.data.labels import number_classes
-from raysubset.data.layout import some
 from raysubset.data.sources import Source
 from raysubset.data.split import Split, SplitName, carve_splits, origin_of
 from raysubset.data.streamed import StreamedSplit, streaming_notes
-from raysubset.data.tables import usual_note
-from raysubset.data.targets import Targets, mask_in_row, mask_targets
+from raysubset.data.targets import Targets, mask_targets
 from raysubset.errors import listed
 from raysubset.events import Note
 from raysubset.tasks import ImageInputs, fit_own_task
@@ -76,36 +74,26 @@ def of_images(source: Source, config: DataConfig, task: TaskConfig, targets: Tar
 
 def _targets_of_images(source: Source, config: DataConfig, task: TaskConfig) -> Targets:
     """Return the targets of each split of the source. Splits without labels of classes are left out."""
-    train = source["train"]
     if task.name == "classification" or task.is_class:
         labels: dict[SplitName, pa.ChunkedArray] = {}
         for name, split in source.items():
             assert isinstance(split.targets, pa.ChunkedArray)
             labels[name] = split.targets
         return Targets("classes", *number_classes(labels))
-    if isinstance(train.targets, pa.ChunkedArray):
-        raise ValueError(
-            f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name a "
-            "Parquet or Arrow file with a column of numbers for regression, of masks for segmentation, a folder of "
-            'images/ and masks/, or a function of arrays, {"image": …, "target": …} or {"image": …, "mask": …}'
-        )
-    values: dict[SplitName, np.ndarray] = {}
+    masks: dict[SplitName, np.ndarray] = {}
     for name, split in source.items():
-        assert isinstance(split.targets, np.ndarray)
-        values[name] = split.targets
-        if split.target_names != train.target_names:
-            names = " and ".join(map(some, (train.target_names, split.target_names)))
-            raise ValueError(f"the train and the {name} split have other targets ({names}): set --data.target to one")
-    notes = () if config.target or not train.target_names else (usual_note(train.target_names[0]),)
-    if task.name == "regression":
-        return Targets("numbers", values, train.target_names, notes)
+        if not isinstance(split.targets, np.ndarray):
+            raise ValueError(
+                f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name "
+                "a Parquet or Arrow file with a column of numbers for regression, of masks for segmentation, a folder "
+                'of images/ and masks/, or a function of arrays, {"image": …, "target": …} or {"image": …, "mask": …}'
+            )
+        masks[name] = split.targets
 
     def mask_name(split: SplitName, row: int) -> str:
-        files = source[split].columns.get("file")
-        return f"the mask of {files[row]}" if files and source[split].target_names == () else mask_in_row(split, row)
+        return f"the mask of {source[split].columns['file'][row]}"
 
-    targets = mask_targets(values, task, config.name, mask_name)
-    return dataclasses.replace(targets, notes=(*notes, *targets.notes))
+    return mask_targets(masks, task, config.name, mask_name)
 
 
 def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], height: int, width: int) -> dict[SplitName, np.ndarray]:

@@ -4,14 +4,15 @@ import dataclasses
 import logging
 import time
 
+import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig
-from raysubset.data.columns import Tables, is_of_columns, read_tables
+from raysubset.data.columns import is_of_columns, read_tables
 from raysubset.data.contents import Kind, array_fingerprint, file_fingerprint, kind_of, refuse_changed, unused_settings
 from raysubset.data.examples import OwnAugmentation
-from raysubset.data.files import not_streamed, read_path, read_texts
-from raysubset.data.finding import TEXT_SUFFIXES
+from raysubset.data.files import not_streamed, read_image_folders, read_texts
+from raysubset.data.finding import TEXT_SUFFIXES, find_files
 from raysubset.data.fitting import of_arrays, of_tables, of_texts
 from raysubset.data.full_set import FullSet
 from raysubset.data.functions import Arrays, origin, read_returned, read_returned_texts, read_table_arrays
@@ -19,6 +20,7 @@ from raysubset.data.image_sets import of_images
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named, read_named_table, read_named_texts
 from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
+from raysubset.data.tables import Tables
 from raysubset.errors import listed
 from raysubset.events import Note
 from raysubset.tasks import ImageInputs, Regression
@@ -93,7 +95,7 @@ def _load(config: DataConfig, task: TaskConfig) -> tuple[FullSet, Kind]:
     elif kind == "function":
         match read_returned(config, task.name):
             case Tables() as tables:
-                return of_tables(tables, config, task), "columns"
+                return of_tables(tables, config, task), "images by name" if tables.are_images else "columns"
             case Arrays(splits=splits, notes=notes):
                 full_set = of_arrays(splits, config, task, notes)
                 if task.is_class:
@@ -102,14 +104,15 @@ def _load(config: DataConfig, task: TaskConfig) -> tuple[FullSet, Kind]:
                 return full_set, "images by name" if is_image else "arrays by name"
             case returned:
                 images = _with_origin(returned, origin(config))
-    elif is_of_columns(config):
-        if task.is_class:
-            arrays = read_table_arrays(config)
-            return of_arrays(arrays.splits, config, task, arrays.notes), "columns as arrays"
-        return of_tables(read_tables(config), config, task), "columns"
+    elif find_files(config).kind == "images":
+        images = read_image_folders(config, task.name)
+    elif task.is_class and is_of_columns(config):
+        arrays = read_table_arrays(config)
+        return of_arrays(arrays.splits, config, task, arrays.notes), "columns as arrays"
     else:
-        images = read_path(config, task.name)
-    return of_images(images, config, task), "images by name" if images["train"].is_by_name else "images"
+        tables = read_tables(config, task.name)
+        return of_tables(tables, config, task), "images by name" if tables.are_images else "columns"
+    return of_images(images, config, task), "images"
 
 
 def _task_name(config: DataConfig, task: TaskConfig) -> str:
@@ -136,10 +139,9 @@ def _read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[N
 
 
 def _with_origin(source: Source, origin: str) -> Source:
-    """Add a note to each split: how many examples were read, and from where. read_path() adds its own."""
-    return {
-        name: dataclasses.replace(
-            split, notes=(Note(f"{name} split: {len(split.targets)} examples of {origin}"), *split.notes)
-        )
-        for name, split in source.items()
-    }
+    """Add a note to each split: how many examples were read, and from where."""
+    for name, split in source.items():
+        assert isinstance(split.images, np.ndarray)
+        note = Note(f"{name} split: {len(split.images)} examples of {origin}")
+        source[name] = dataclasses.replace(split, notes=(note, *split.notes))
+    return source

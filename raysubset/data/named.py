@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig
-from raysubset.data.columns import Tables, choose_columns
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.labels import named_labels
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
+from raysubset.data.tables import Tables, choose_columns
 from raysubset.errors import first_line
 from raysubset.events import Note
 
@@ -43,7 +43,7 @@ def read_named_table(config: DataConfig) -> Tables:
         names = pa.array([str(name) for name in loaded.target_names])
         target = pa.DictionaryArray.from_arrays(target.cast(pa.int32()), names)
     table = pa.table({**columns, "target": target})
-    tables = choose_columns({"train": {config.name: table}}, config)
+    tables = choose_columns({"train": {config.name: table}}, config, "classification")
     note = Note(f"train split: {table.num_rows} examples of the named set {config.name}")
     return dataclasses.replace(tables, notes=(note, *tables.notes))
 

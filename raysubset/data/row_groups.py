@@ -184,7 +184,7 @@ class TableGroups(RowGroups):
 
     @property
     def columns(self) -> Sequence[str]:
-        return [column.name for column in self._inputs.columns]
+        return [column.name for column in self.inputs.columns] if self.inputs else self.schema.names
 
     def empty(self, num: int) -> dict[str, np.ndarray]:
         return {self._inputs.column: np.empty((num, self._inputs.num_features), dtype=np.float32)}

@@ -17,13 +17,11 @@ class SourceSplit:
     """A split of the source: its images and targets as the source stores them."""
 
     images: np.ndarray | EncodedImages | ImageGroups  # uint8 [N, H, W, C], contiguous; ImageGroups if streamed
-    targets: pa.ChunkedArray | np.ndarray  # classes; or numbers, float64 [N, K]; or masks, integers [N, …]
+    targets: pa.ChunkedArray | np.ndarray | None  # classes, or masks, integers [N, …]; None if given otherwise
     columns: dict[str, pa.ChunkedArray] = field(default_factory=dict)  # further scalars, [N] each
     notes: tuple[Note, ...] = ()  # decisions made for the user
     findings: Findings = field(default_factory=Findings)  # in images that are decoded
     where: str = ""  # the name of the split in messages
-    target_names: tuple[str, ...] = ()  # columns of numbers or masks
-    is_by_name: bool = False  # True if data.image_column and data.target name the columns that are read
 
 
 Source = dict[SplitName, SourceSplit]

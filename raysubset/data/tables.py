@@ -1,62 +1,151 @@
-"""Reads images, targets, and scalars by which subsets can be cut, from Arrow tables."""
+"""Chooses which columns of tables are images or features, which are targets, and joins the tables of some files."""
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
-from raysubset.data.image_columns import ReadFile, images_of, masks_of, plain, with_full_paths
-from raysubset.data.images import EncodedImages
+from raysubset.data.image_columns import ReadFile, plain
 from raysubset.data.labels import UNLABELLED, named_labels
 from raysubset.data.layout import some
-from raysubset.data.row_groups import ImageGroups, concatenated
-from raysubset.data.sources import SourceSplit
-from raysubset.data.split import is_scalar
+from raysubset.data.row_groups import ImageGroups, RowGroups, concatenated
+from raysubset.data.split import SplitName
 from raysubset.events import Note
-from raysubset.tasks import target_numbers
+from raysubset.tasks.columns import kind_of_column
 
 _MOST_COLUMNS = 50  # listed in one message
 
-# The usual names of targets that tasks other than classification learn from images; the full set uses the first.
-IMAGE_TARGETS = {"regression": ("target", "label"), "segmentation": ("mask", "label")}
+# The usual names of targets, if data.target names none: of features, and by task of images.
+_TARGETS = ("target", "label")
+_IMAGE_TARGETS = {"regression": ("target", "label"), "segmentation": ("mask", "label")}
+
+# The names of row numbers that pandas writes beside a table, in CSV and in Parquet: an index without a name.
+ROW_NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
 
 
-def needed_columns(schema: pa.Schema, where: str, config: DataConfig, task: str) -> list[str]:
-    """Return the columns to read: images, a task's targets, and scalars by which subsets can be cut.
+@dataclass(frozen=True)
+class Tables:
+    """A data set of tables, and which of their columns are features and targets."""
+
+    splits: Mapping[SplitName, pa.Table]  # features, targets, and further scalars
+    features: tuple[str, ...]  # if they are images, their column alone
+    targets: tuple[str, ...]  # more than one for regression only
+    notes: tuple[Note, ...]
+    streamed: RowGroups | None = None  # the files of the training features, if those are not held in memory
+    are_images: bool = False
+    read_file: ReadFile | None = None  # reads the images whose paths a column of texts holds
+
+
+def holds_images(schema: pa.Schema, config: DataConfig) -> bool:
+    """Return True if a table is read as images: it has the image column, or a column that can only hold images.
+
+    So a mistyped data.image_column is reported, instead of learning from the other columns of a set of images.
+    """
+    if config.columns is not None:
+        return False
+    is_named = config.image_column in schema.names or config.image_column != DataConfig.image_column
+    return is_named or not all(_is_plain(field.type) for field in schema)
+
+
+def needed_columns(schema: pa.Schema, path: str, config: DataConfig, task: str) -> list[str]:
+    """Return the columns to read: images, a task's targets, those of data.columns, and all numbers, texts and times.
 
     Raises:
-        ValueError: for a missing image or target column, with the nearest name, and for two columns of one name.
+        ValueError: for a missing image column, with the nearest name, and for columns that cannot be read.
     """
-    targets = image_targets(schema.names, config, task, where)
-    refuse_absent([config.image_column], schema.names, where, option="image_column")
-    refuse_absent(targets, schema.names, where, option="target")
-    if config.image_column in targets:
-        raise ValueError(
-            f"{config.image_column} is --data.image_column and --data.target: it cannot be learned from itself"
-        )
-    learned = (config.image_column, *targets)
-    needed = [field.name for field in schema if field.name in learned or is_scalar(field.type)]
-    refuse_unreadable(schema, needed, where)
+    are_images = holds_images(schema, config)
+    if are_images:
+        refuse_absent([config.image_column], schema.names, path, option="image_column")
+    targets = split_names("target", config.target, schema.names) or _usual_targets(task, are_images=are_images)
+    chosen = split_names("columns", config.columns, schema.names) or ((config.image_column,) if are_images else ())
+    needed = [field.name for field in schema if field.name in (*targets, *chosen) or _is_plain(field.type)]
+    refuse_unreadable(schema, needed, path)
     return needed
 
 
-def image_targets(columns: Sequence[str], config: DataConfig, task: str, where: str) -> tuple[str, ...]:
-    """Return the columns that a task learns from images: those of data.target, or the one with a usual name.
+def choose_columns(
+    by_split: Mapping[SplitName, Mapping[str, pa.Table]],
+    config: DataConfig,
+    task: str,
+    streamed: RowGroups | None = None,
+) -> Tables:
+    """Join the tables of each split, and decide which columns are targets and features.
+
+    Args:
+        by_split: for each split, tables by file name; the first of "train" decides.
+        streamed: the features of the training tables, if those do not hold them.
 
     Raises:
-        ValueError: if data.target names no column; if it is None and not exactly one column has a usual name; and for
-            several columns of masks.
+        ValueError: for a missing column, with the nearest name, and for tables that cannot be joined.
     """
-    if task not in IMAGE_TARGETS:
-        return (config.label_column,)
-    names = split_names("target", config.target, columns) or (usual_target(columns, IMAGE_TARGETS[task], where),)
-    if task == "segmentation" and len(names) > 1:
-        raise ValueError(f"segmentation learns one column of masks, not {some(names)}: set --data.target to one")
-    return names
+    path, first = next(iter(by_split["train"].items()))
+    streamed_names = [*streamed.columns] if streamed else []
+    are_images = isinstance(streamed, ImageGroups) or (streamed is None and holds_images(first.schema, config))
+    targets, features, notes = learned_columns(
+        [*first.column_names, *streamed_names], config, task, path, are_images=are_images
+    )
+    splits: dict[SplitName, pa.Table] = {}
+    for split, files in by_split.items():
+        where = f"the {split} split of {config.name}"
+        for path, table in files.items():
+            names = [*table.column_names, *(streamed_names if split == "train" else ())]
+            refuse_absent((*targets, *features), names, path, is_train=split == "train")
+        splits[split], joining = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
+        notes += joining
+    return Tables(splits, features, targets, tuple(notes), streamed, are_images)
+
+
+def learned_columns(
+    names: Sequence[str], config: DataConfig, task: str, path: str, *, are_images: bool
+) -> tuple[tuple[str, ...], tuple[str, ...], list[Note]]:
+    """Return the targets and the features among a table's columns, and notes on those that the config does not name.
+
+    Raises:
+        ValueError: for columns that are missing, and if none is left for a feature or none or several may be targets.
+    """
+    notes: list[Note] = []
+    if targets := split_names("target", config.target, names):
+        refuse_absent(targets, names, path, option="target")
+    else:
+        usual = _usual_targets(task, are_images=are_images)
+        targets = tuple(name for name in usual if name in names)
+        if len(targets) != 1:
+            problem = f"both columns {' and '.join(targets)}" if targets else f"no column {' or '.join(usual)}"
+            known = some(names, most=_MOST_COLUMNS)
+            raise ValueError(f"{path} has {problem}: set --data.target to the one to learn, of {known}")
+        if len(usual) > 1:
+            notes.append(Note(f"the column {targets[0]} is learned; --data.target names another"))
+    features = (config.image_column,) if are_images else split_names("columns", config.columns, names)
+    if overlap := [name for name in features if name in targets]:
+        option = "image-column" if are_images else "columns"
+        raise ValueError(f"{overlap[0]} is in --data.{option} and --data.target: it cannot be learned from itself")
+    if features:
+        refuse_absent(features, names, path, option="image_column" if are_images else "columns")
+        return targets, features, notes
+    others = [name for name in names if name not in targets]
+    row_numbers = [name for name in others if ROW_NUMBERS.fullmatch(name)]
+    features = tuple(name for name in others if name not in row_numbers)
+    if not features:
+        raise ValueError(
+            f"{path} has no columns beside {', '.join((*targets, *row_numbers))}: give it some to learn from"
+        )
+    if row_numbers:
+        left_out = some(repr(name) for name in row_numbers)
+        notes.append(Note(f"row numbers that pandas wrote are left out: {left_out}; --data.columns names them"))
+    return targets, features, notes
+
+
+def _usual_targets(task: str, *, are_images: bool) -> tuple[str, ...]:
+    return _IMAGE_TARGETS.get(task, ("label",)) if are_images else _TARGETS
+
+
+def _is_plain(type_: pa.DataType) -> bool:
+    return kind_of_column(type_.value_type if pa.types.is_dictionary(type_) else type_) is not None
 
 
 def split_names(option: str, text: str | None, columns: Sequence[str]) -> tuple[str, ...]:
@@ -85,26 +174,6 @@ def refuse_absent(
             raise ValueError(f"{where} has no column {absent}: set --data.{option} to some of {known}")
         remedy = "" if is_train else "; or leave the split out with --data.ignored"
         raise ValueError(f"{where} has no column {absent}, only {known}{remedy}")
-
-
-def usual_target(columns: Sequence[str], usual: Sequence[str], where: str) -> str:
-    """Return the one column that has a usual name.
-
-    Raises:
-        ValueError: if none or several have one.
-    """
-    targets = [name for name in usual if name in columns]
-    if len(targets) != 1:
-        problem = f"both columns {' and '.join(targets)}" if targets else f"neither a column {' nor '.join(usual)}"
-        raise ValueError(
-            f"{where} has {problem}: set --data.target to the one to learn, of {some(columns, most=_MOST_COLUMNS)}"
-        )
-    return targets[0]
-
-
-def usual_note(name: str) -> Note:
-    """Return the note on a target that data.target does not name."""
-    return Note(f"the column {name} is learned; --data.target names another")
 
 
 def refuse_unreadable(schema: pa.Schema, names: Sequence[str], where: str) -> None:
@@ -160,60 +229,6 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
     if not joined.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
     return joined, tuple(notes)
-
-
-def from_tables(
-    tables: Mapping[str, pa.Table], config: DataConfig, where: str, task: str, read_file: ReadFile | None = None
-) -> SourceSplit:
-    """Read a split of images for a task from the tables of its files, given by file name.
-
-    Args:
-        read_file: reads the files that a column of texts names by their paths; None: such a column is refused.
-
-    Raises:
-        ValueError: for missing columns, nulls, values that are no images or no targets of the task, and if there are
-            no rows.
-    """
-    for path, table in tables.items():
-        needed_columns(table.schema, path, config, task)
-    if read_file is not None:
-        tables = {path: with_full_paths(table, config.image_column, path) for path, table in tables.items()}
-    names = image_targets(next(iter(tables.values())).column_names, config, task, where)
-    table, notes = join_tables(tables, dataclasses.replace(config, target=names[0]), where)
-    column = table.column(config.image_column)
-    images, findings = images_of(column, where, image_size=config.image_size, read_file=read_file)
-    split = image_split(images, table, notes, names, config, where, task)
-    return dataclasses.replace(split, findings=findings)
-
-
-def image_split(
-    images: np.ndarray | EncodedImages | ImageGroups,
-    table: pa.Table,
-    notes: tuple[Note, ...],
-    names: tuple[str, ...],
-    config: DataConfig,
-    where: str,
-    task: str = "classification",
-) -> SourceSplit:
-    """Build a split of these images with a task's targets, the columns `names`, and further scalars of their table.
-
-    Raises:
-        ValueError: for values that are no targets of the task.
-    """
-    targets: pa.ChunkedArray | np.ndarray = table.column(names[0])
-    if task == "regression":
-        targets = target_numbers(table, names, where=where)
-    elif task == "segmentation":
-        assert not isinstance(images, ImageGroups)
-        targets = masks_of(table.column(names[0]), images, where, image_size=config.image_size)
-    further = [field.name for field in table.schema if is_scalar(field.type)]
-    further = [name for name in further if name not in (config.image_column, *names)]
-    reserved = ("image", IMAGE_TARGETS.get(task, ("label",))[0], "row")
-    if clashing := [name for name in further if name in reserved]:
-        notes += (Note(f"{where}: column {', '.join(clashing)} left out, since the full set has its own"),)
-    columns = {name: table.column(name) for name in further if name not in clashing}
-    target_names = names if task in IMAGE_TARGETS else ()
-    return SourceSplit(images, targets, columns, notes, where=where, target_names=target_names, is_by_name=True)
 
 
 def _declared_names(schema: pa.Schema, label_column: str) -> tuple[tuple[str, ...] | None, str | None]:
