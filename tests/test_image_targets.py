@@ -235,7 +235,7 @@ COLOURED = encode(IMAGES[0])
             ages(flat(MASKS * 1.0)),
             "segmentation",
             {"target": "age"},
-            r"are float64 \[N, 96\]: give one integer for each",
+            r"masks of the train split are float64: give the number of each",
         ),
         (
             ages(flat(IMAGES % 4)),
@@ -247,7 +247,7 @@ COLOURED = encode(IMAGES[0])
             ages(flat(MASKS)),
             "segmentation",
             {"target": "age", "image_size": 6},
-            "are lists, which --data.image-size does",
+            "are 96, its images 6x6: .*--data.image-size resizes only encoded",
         ),
         (masks() | {"m": MASK_PNGS}, "segmentation", {"target": "mask,m"}, "one column of masks, not mask, m: set"),
         (

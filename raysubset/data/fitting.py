@@ -13,7 +13,6 @@ from raysubset.data.full_set import FullSet
 from raysubset.data.image_columns import images_of, masks_of
 from raysubset.data.image_sets import of_images
 from raysubset.data.images import as_images
-from raysubset.data.layout import some
 from raysubset.data.row_groups import ImageGroups, TableGroups, TrainingColumns
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import Split, SplitName, carve_splits, is_scalar, origin_of
@@ -96,11 +95,7 @@ def _of_image_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Fu
         source[split] = SourceSplit(images, None, {name: table[name] for name in names}, notes, findings, where)
     if task.name != "segmentation":
         return of_images(source, config, task, _targets_of_tables(tables, config, task))
-    if len(tables.targets) > 1:
-        raise ValueError(
-            f"segmentation learns one column of masks, not {some(tables.targets)}: set --data.target to one"
-        )
-    return of_images(source, config, task, mask_targets(masks, task, config.name))
+    return of_images(source, config, task, mask_targets(masks, tables.targets, task, config.name))
 
 
 def of_texts(
@@ -179,9 +174,11 @@ def of_arrays(
             return {name: values[rows[split]] for name, values in arrays[origin_of(split, arrays)].items()}
 
         return _of_tensors(config, rows, unchanged, learned, [*notes, *carving])
-    is_image = config.image_column in train or config.image_column != DataConfig.image_column
+    is_masks = task.name == "segmentation" or ("mask" in train and not named)
+    is_image = is_masks or config.image_column in train or config.image_column != DataConfig.image_column
     column = config.image_column if is_image else "inputs"
-    if absent := [name for name in (column, *named) if name not in train]:
+    learned_names = named or (("mask",) if is_masks else ("target",) if "target" in train else ("label",))
+    if absent := [name for name in (column, *learned_names) if name not in train]:
         hint = nearest(absent[0], [*train])
         raise ValueError(
             f"{config.name} gives {', '.join(train)}, and {task.name} takes inputs or image beside label, target or "
@@ -190,15 +187,20 @@ def of_arrays(
         )
     if column in named:
         raise ValueError(f"{column} is the input and --data.target: it cannot be learned from itself")
-    is_masks = task.name == "segmentation" or ("mask" in train and not named)
-    source = _images_of(arrays, column, config, with_masks=is_masks) if is_image else {}
+    source: Source = {}
+    for split, split_arrays in arrays.items() if is_image else ():
+        where = f"the {split} split of {config.name}"
+        images, findings = as_images(split_arrays[column], where, config.image_size)
+        source[split] = SourceSplit(images, None, findings=findings, where=where)
     if is_masks:
-        learned_names = named or ("mask",)
-        masks = _masks_of(arrays, column, learned_names, config)
-        targets = mask_targets(masks, task, config.name)
-    else:
-        learned_names = named or ("target" if "target" in train else "label",)
-        targets = _targets_of_arrays(arrays, learned_names, config, task)
+        masks: dict[SplitName, np.ndarray] = {split: each[learned_names[0]] for split, each in arrays.items()}
+        targets = mask_targets(masks, learned_names, task, config.name)
+    else:  # as those of a table without features
+        tables: dict[SplitName, pa.Table] = {
+            split: pa.table(dict(pair for name in learned_names for pair in _columns_of(split_arrays[name], name)))
+            for split, split_arrays in arrays.items()
+        }
+        targets = _targets_of_tables(Tables(tables, (), tuple(tables["train"].column_names), ()), config, task)
     if unread := [name for name in train if name not in (column, *learned_names)]:
         verb = "are" if len(learned_names) > 1 else "is"
         text = f"{', '.join(learned_names)} {verb} learned from {column}"
@@ -222,10 +224,6 @@ def of_arrays(
     return _of_tensors(config, rows, stored, learned, [*notes, *targets.notes, *carving])
 
 
-def _shown(array: np.ndarray) -> str:
-    return f"{array.dtype} {list(array.shape)}"
-
-
 def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataConfig) -> np.ndarray:
     """Convert an array to a type that torch can index; refuse texts except in the arrays named by `texts`."""
     if values.dtype.kind == "U" and name not in texts:
@@ -233,50 +231,6 @@ def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataC
         raise ValueError(f"{name} of {config.name} are texts: give numbers, of which tensors are made{remedy}")
     wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
     return values.astype(wider.get(values.dtype.name, values.dtype), copy=False)
-
-
-def _masks_of(
-    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], column: str, names: Sequence[str], config: DataConfig
-) -> dict[SplitName, np.ndarray]:
-    """Return each split's masks, [N, H, W], a class for each pixel of the images in `column`."""
-    (name, *others), train = names, arrays["train"]
-    if others:
-        raise ValueError(f"segmentation learns one array of masks, not {', '.join(names)}: set --data.target to one")
-    wanted = ("image" if column == "inputs" else column, name)
-    if missing := [each for each in wanted if each not in train]:
-        text = f"{config.name} gives {', '.join(train)}: segmentation needs {missing[0]} too"
-        if missing == [name] and "target" in train:
-            shape = list(train[column].shape[:3])
-            text += f", integers for each pixel of {shape}; target is {_shown(train['target'])}"
-        raise ValueError(text)
-    for split, split_arrays in arrays.items():
-        mask, shape = split_arrays[name], split_arrays[column].shape[:3]
-        if mask.dtype.kind not in "iub" or mask.shape != shape:
-            text = f"{name} of the {split} split is {_shown(mask)}"
-            raise ValueError(f"{text}: give a class for each pixel of images {list(shape)}")
-    return {split: split_arrays[name] for split, split_arrays in arrays.items()}
-
-
-def _images_of(
-    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], column: str, config: DataConfig, *, with_masks: bool
-) -> Source:
-    """Return the images in `column`, resized to data.image_size, without targets.
-
-    Raises:
-        ValueError: for arrays that are no images, and for images with masks, which are not resized.
-    """
-    source: Source = {}
-    for split, split_arrays in arrays.items():
-        images, size, where = split_arrays[column], config.image_size, f"the {split} split of {config.name}"
-        if images.ndim != 4 or images.dtype != np.uint8:
-            raise ValueError(f"{column} of {where} is {_shown(images)}: give uint8 [N, H, W, C]")
-        if size is not None and with_masks and images.shape[1:3] != (size, size):
-            raise ValueError(
-                f"{column} of the {split} split is {_shown(images)}, and --data.image-size resizes no arrays with "
-                "masks: resize both before, and leave it out"
-            )
-        source[split] = SourceSplit(as_images(images, where, size)[0], None, where=where)
-    return source
 
 
 def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Targets:
@@ -294,23 +248,6 @@ def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> 
         )
     labels, names, notes = class_numbers(tables)
     return Targets("classes", labels, names, notes)
-
-
-def _targets_of_arrays(
-    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], names: Sequence[str], config: DataConfig, task: TaskConfig
-) -> Targets:
-    """Read the named arrays as the targets of a table without features."""
-    train = arrays["train"]
-    if absent := [name for name in names if name not in train]:
-        raise ValueError(
-            f"{config.name} gives {', '.join(train)}, no {absent[0]}: name what is to be learned label or target, or "
-            "by --data.target"
-        )
-    tables: dict[SplitName, pa.Table] = {
-        split: pa.table(dict(pair for name in names for pair in _columns_of(split_arrays[name], name)))
-        for split, split_arrays in arrays.items()
-    }
-    return _targets_of_tables(Tables(tables, (), tuple(tables["train"].column_names), ()), config, task)
 
 
 def _columns_of(values: np.ndarray, name: str) -> Iterator[tuple[str, np.ndarray]]:

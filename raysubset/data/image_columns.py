@@ -155,14 +155,7 @@ def masks_of(
     if isinstance(encoded, EncodedImages):
         return decode_masks(encoded, images, where, image_size)
     masks = _tensors(encoded, "mask", where)
-    if masks.ndim == 4 and masks.shape[3] == 1:
-        masks = masks[..., 0]
-    if masks.ndim > 3 or masks.dtype.kind == "f":
-        shape = f"{masks.dtype} [{', '.join(('N', *map(str, masks.shape[1:])))}]"
-        raise ValueError(f"masks of {where} are {shape}: give one integer for each pixel, the number of its class")
-    if image_size is not None:
-        raise ValueError(f"masks of {where} are lists, which --data.image-size does not resize: encode them as PNG")
-    return masks
+    return masks[..., 0] if masks.ndim == 4 and masks.shape[3] == 1 else masks
 
 
 def _encoded_or_chunks(

@@ -93,7 +93,7 @@ def _targets_of_images(source: Source, config: DataConfig, task: TaskConfig) -> 
     def mask_name(split: SplitName, row: int) -> str:
         return f"the mask of {source[split].columns['file'][row]}"
 
-    return mask_targets(masks, task, config.name, mask_name)
+    return mask_targets(masks, ("mask",), task, config.name, mask_name)
 
 
 def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], height: int, width: int) -> dict[SplitName, np.ndarray]:
@@ -102,7 +102,8 @@ def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], height: int, width: i
         if values.shape[1:] not in ((height, width), (height * width,)):
             shape = "x".join(map(str, values.shape[1:]))
             raise ValueError(
-                f"masks of the {name} split are {shape}, its images {height}x{width}: give a class for each pixel"
+                f"masks of the {name} split are {shape}, its images {height}x{width}: give a class for each pixel; "
+                "--data.image-size resizes only encoded masks with their images"
             )
     return {name: values.reshape(-1, height, width) for name, values in masks.items()}
 

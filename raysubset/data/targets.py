@@ -1,6 +1,6 @@
 """The targets of every row of a source: classes, numbers or masks; and the task that learns them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,6 +82,7 @@ def mask_in_row(split: SplitName, row: int) -> str:
 
 def mask_targets(
     masks: Mapping[SplitName, np.ndarray],
+    names: Sequence[str],
     task: TaskConfig,
     where: str,
     name: Callable[[SplitName, int], str] = mask_in_row,
@@ -92,12 +93,16 @@ def mask_targets(
 
     Args:
         masks: integers [N, …] for each split.
+        names: the columns of masks, of which there may be one.
         where: the name of the source in messages.
         name: returns the name in messages of a split's mask in some row.
 
     Raises:
-        ValueError: for values that are no classes, classes that no training mask has, and if there is only one class.
+        ValueError: for several columns, values that are no classes, classes that no training mask has, and if there
+            is only one class.
     """
+    if len(names) > 1:
+        raise ValueError(f"segmentation learns one column of masks, not {', '.join(names)}: set --data.target to one")
     values: dict[SplitName, np.ndarray] = {}
     classes: dict[SplitName, np.ndarray] = {}
     notes: tuple[Note, ...] = ()
@@ -105,6 +110,8 @@ def mask_targets(
         masks = {split: numbers // 255 for split, numbers in masks.items()}
         notes = (Note("masks hold 0 and 255 alone: 255 is read as class 1"),)
     for split, numbers in masks.items():
+        if numbers.dtype.kind not in "iub":
+            raise ValueError(f"masks of the {split} split are {numbers.dtype}: give the number of each pixel's class")
         counted = numbers if task.ignored is None else numbers[numbers != task.ignored]
         if counted.size and not 0 <= counted.min() <= counted.max() < 255:
             wrong = counted[(counted < 0) | (counted > 254)][0]
