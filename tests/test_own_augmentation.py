@@ -57,9 +57,9 @@ def test_every_batch_has_draws_of_its_own():
 
 
 MISTAKES = {
-    "forgets": "returned image: return a dict of image, label, as it is given",
-    "returns_none": "returned a NoneType: return a dict of image, label",
-    "widens": r"returned image as torch.float32 \[64, 8, 8, 1\], and got torch.uint8 \[64, 8, 8, 1\]",
+    "forgets": r"returned image torch.uint8 \[64, 8, 8, 1\], and got image .*, label .*: keep names",
+    "returns_none": "returned a NoneType, and got image .*, label ",
+    "widens": r"returned image torch.float32 \[64, 8, 8, 1\], .* and got image torch.uint8 \[64, 8, 8, 1\]",
     "from_elsewhere": "gave other rows with the same generator: draw from the generator alone",
     "fails": "raised KeyError: 'picture'; see own_augmentations.py, line .*, in fails",
     "absent": "has no function absent",
@@ -80,8 +80,8 @@ def test_one_that_does_not_fit_is_refused_before_a_run(function, message):
     ("function", "message"),
     {
         "fails_late": "raised KeyError: 'picture'; see own_augmentations.py, line .*, in fails_late",
-        "narrows_late": r"returned image as torch.uint8 \[6, 8, 8, 1\], and got torch.uint8 \[7, 8, 8, 1\]",
-        "widens_late_in_place": "returned image as torch.float32",
+        "narrows_late": r"returned image torch.uint8 \[6, 8, 8, 1\], .* and got image torch.uint8 \[7, 8, 8, 1\]",
+        "widens_late_in_place": "returned image torch.float32",
     }.items(),
 )
 def test_one_that_does_not_fit_a_later_batch_ends_the_run_in_a_line(function, message):

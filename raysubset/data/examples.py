@@ -60,19 +60,20 @@ class OwnAugmentation:
             )
 
     def _check(self, augmented: object, rows: Mapping[str, Tensor]) -> None:
-        if not isinstance(augmented, Mapping) or set(augmented) != set(rows):
-            description = (
-                ", ".join(map(str, augmented)) if isinstance(augmented, Mapping) else f"a {type(augmented).__name__}"
-            )
-            raise misfit(
-                _FIELD, self.reference, f"returned {description}: return a dict of {', '.join(rows)}, as it is given"
-            )
-        for name, values in rows.items():
-            tensor = augmented[name]
-            if not isinstance(tensor, Tensor) or (tensor.dtype, tensor.shape) != (values.dtype, values.shape):
-                kind = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                text = f"returned {name} as {kind}, and got {values.dtype} {list(values.shape)}"
-                raise misfit(_FIELD, self.reference, f"{text}: keep type and shape")
+        if (returned := _described(augmented)) != (wanted := _described(rows)):
+            text = f"returned {returned}, and got {wanted}: keep names, types and shapes"
+            raise misfit(_FIELD, self.reference, text)
+
+
+def _described(rows: object) -> str:
+    """Return "image torch.uint8 [64, 28, 28, 1], label torch.int64 [64]"."""
+    if not isinstance(rows, Mapping):
+        return f"a {type(rows).__name__}"
+    kinds = {
+        str(name): f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        for name, values in rows.items()
+    }
+    return ", ".join(f"{name} {kinds[name]}" for name in sorted(kinds))
 
 
 class Augmented(ABC):

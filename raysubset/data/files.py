@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
-from raysubset.config import DataConfig, nearest
+from raysubset.config import DataConfig
 from raysubset.data.csv_files import DELIMITERS, header, read_csv
 from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.image_columns import image_column, images_of, with_full_paths
@@ -18,7 +18,7 @@ from raysubset.data.images import EncodedImages, decode_masks
 from raysubset.data.layout import Placed, some
 from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
-from raysubset.data.tables import refuse_unreadable
+from raysubset.data.tables import refuse_absent, refuse_unreadable
 from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.tasks.columns import is_string
@@ -76,11 +76,7 @@ def read_image_rows(path: str, column: str, *, image_size: int | None) -> Encode
     (member,) = files.layout["train"]
 
     def needed(schema: pa.Schema, where: str) -> list[str]:
-        if column not in schema.names:
-            raise ValueError(
-                f"{where} has no column {column}, where the model's training images were, only {some(schema.names)}: "
-                f"give it that name{nearest(column, schema.names)}"
-            )
+        refuse_absent([column], schema.names, where)
         refuse_unreadable(schema, [column], where)
         return [column]
 

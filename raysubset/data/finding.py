@@ -72,14 +72,6 @@ class DataFiles:
         return f"{self.root}/{file.path}" if file.path else self.root
 
 
-@dataclass(frozen=True)
-class _Visible:
-    """The files and folders that are neither ignored nor hidden."""
-
-    files: Mapping[str, ListedFile]  # by path
-    folders: Sequence[str]
-
-
 def find_files(config: DataConfig) -> DataFiles:
     """Find the files of data.name, and decide what each is read as.
 
@@ -159,7 +151,7 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     )
 
 
-def _paths_by_kind(visible: _Visible, ignored: Ignored, where: str, left_out: LeftOut) -> tuple[Kind, list[str]]:
+def _paths_by_kind(visible: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> tuple[Kind, list[str]]:
     """Return what a folder is read as, and the paths of those files.
 
     Raises:
@@ -187,20 +179,20 @@ def _paths_by_kind(visible: _Visible, ignored: Ignored, where: str, left_out: Le
     )
 
 
-def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> _Visible:
+def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> Listing:
     """Return a listing's files and folders without those that are ignored or hidden, which go to `left_out`.
 
     Raises:
         ValueError: for broken links whose names are those of tables, images or folders.
     """
     files: dict[str, ListedFile] = {}
-    for file in listing.files:
-        if ignored.matches(file.path):
-            left_out["ignored"].append(file.path)
-        elif not _is_hidden(file.path):
-            files[file.path] = file
+    for path, file in listing.files.items():
+        if ignored.matches(path):
+            left_out["ignored"].append(path)
+        elif not _is_hidden(path):
+            files[path] = file
         else:
-            left_out["hidden"].append(file.path)
+            left_out["hidden"].append(path)
     folders, circles, dangling = (
         [path for path in paths if not ignored.matches(path)]
         for paths in (listing.folders, listing.circles, listing.dangling)
@@ -212,7 +204,7 @@ def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> 
     visible = [link for link in dangling if not _is_hidden(link)]
     if broken := [link for link in visible if PurePosixPath(link).suffix.lower() in suffixes]:
         raise _links_to_nothing(where, broken)
-    return _Visible(files, [folder for folder in folders if not _is_hidden(folder)])
+    return Listing(files, tuple(folder for folder in folders if not _is_hidden(folder)))
 
 
 def _links_to_nothing(where: str, links: Sequence[str]) -> ValueError:

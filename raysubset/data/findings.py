@@ -1,6 +1,5 @@
 """Records what the user should know of the images read: depths, transparency, frames. Chooses the range of greys."""
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,15 +26,12 @@ class Findings:
 
     def __add__(self, other: "Findings") -> "Findings":
         greys = [each.greys for each in (self, other) if each.greys]
-        counts = {
-            field.name: getattr(self, field.name) + getattr(other, field.name)
-            for field in dataclasses.fields(self)
-            if field.name.startswith("num_")
-        }
         return Findings(
             greys=(min(low for low, _ in greys), max(high for _, high in greys)) if greys else None,
+            num_rounded=self.num_rounded + other.num_rounded,
+            num_transparent=self.num_transparent + other.num_transparent,
+            num_animated=self.num_animated + other.num_animated,
             flat_shape=self.flat_shape or other.flat_shape,
-            **counts,
         )
 
     @property

@@ -2,9 +2,8 @@
 
 import io
 import struct
-from collections import deque
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -30,7 +29,7 @@ _DAMAGE = (OSError, SyntaxError, TypeError, ValueError, struct.error)
 _MOST_NAMED = 10  # damaged images; after so many, reading stops
 
 _BLOCK = 16  # images that a thread decodes at a time
-_BLOCKS_AHEAD = 64  # decoded blocks that may wait
+_NUM_AHEAD = 1024  # images that are decoded ahead
 
 T = TypeVar("T")
 
@@ -196,18 +195,12 @@ def _differing(encoded: EncodedImages, first: "_Image", number: int, other: "_Im
 
 def _in_threads(work: Callable[[int], T], num: int) -> Generator[T, None, None]:
     """Yield work(0) … work(num - 1) in order. Threads compute some blocks ahead of the consumer."""
-    pool = ThreadPoolExecutor()
-    ahead: deque[Future[list[T]]] = deque()
-    try:
-        for start in range(0, num, _BLOCK):
-            numbers = range(start, min(start + _BLOCK, num))
-            ahead.append(pool.submit(lambda numbers: [work(number) for number in numbers], numbers))
-            if len(ahead) > _BLOCKS_AHEAD:
-                yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, num, _NUM_AHEAD):
+            end = min(first + _NUM_AHEAD, num)
+            blocks = [range(start, min(start + _BLOCK, end)) for start in range(first, end, _BLOCK)]
+            for values in pool.map(lambda numbers: [work(number) for number in numbers], blocks):
+                yield from values
 
 
 @dataclass(frozen=True)

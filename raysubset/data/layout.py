@@ -93,7 +93,6 @@ def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> La
     Raises:
         ValueError: for ambiguous names.
     """
-    _refuse_formats_of_one_table(paths, where)
     layout: Layout = defaultdict(list)
     words: dict[str, dict[SplitName, str]] = {}
     by_split: defaultdict[SplitName, dict[str, str]] = defaultdict(dict)  # for each word of the split, an example path
@@ -168,14 +167,6 @@ def _read_names(path: str, where: str, label_column: str) -> tuple[dict[SplitNam
             text = f"{folder} may name a split, but not which"
             _refuse(where, text, "rename it (split=train, split=test)", ignore=folder)
     return splits | words_of_splits(PurePosixPath(path).stem), columns
-
-
-def _refuse_formats_of_one_table(paths: Sequence[str], where: str) -> None:
-    by_stem: dict[str, str] = {}
-    for path in paths:
-        other = by_stem.setdefault(str(PurePosixPath(path).with_suffix("")), path)
-        if other != path:
-            _refuse(where, f"{other} and {path} may be one table in two formats", "remove one", ignore=path)
 
 
 def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, label_column: str) -> Layout:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -38,7 +39,7 @@ class ListedFile:
 class Listing:
     """All files and folders below a folder. Paths are relative to it."""
 
-    files: tuple[ListedFile, ...]  # ordered by path
+    files: Mapping[str, ListedFile]  # by path, in its order
     folders: tuple[str, ...]  # ordered; hidden ones are listed but not entered
     circles: tuple[str, ...] = ()  # links to a folder that contains them, not entered
     dangling: tuple[str, ...] = ()  # links to nothing
@@ -63,7 +64,7 @@ def list_folder(system: fs.FileSystem, root: str) -> Listing:
             folders.append(path)
         elif info.type == fs.FileType.File:
             files.append(ListedFile(path, info.size or 0))
-    return Listing(tuple(sorted(files, key=lambda file: file.path)), tuple(sorted(folders)))
+    return _ordered(files, folders)
 
 
 def _list_local(root: str) -> Listing:
@@ -99,8 +100,12 @@ def _list_local(root: str) -> Listing:
 
     real_root = os.path.realpath(root)
     walk("", real_root, (real_root,), through_link=False)
-    files.sort(key=lambda file: file.path)
-    return Listing(tuple(files), *(tuple(sorted(paths)) for paths in (folders, circles, dangling)))
+    return _ordered(files, folders, circles, dangling)
+
+
+def _ordered(files: Iterable[ListedFile], *paths: Iterable[str]) -> Listing:
+    by_path = {file.path: file for file in sorted(files, key=lambda file: file.path)}
+    return Listing(by_path, *(tuple(sorted(each)) for each in paths))
 
 
 def _refuse_other_encodings(path: str) -> None:
