@@ -336,20 +336,20 @@ def test_predictions_and_metrics_are_those_of_one_evaluation():
     full_set = load_full_set(Config().data)
     config = Config()
     model = build_model(config.model, full_set.spec, seed=1)
-    tested = work.test_weights(full_set, work.placed_model(full_set, 0, config), config, model.state_dict())
+    placed = work.placed_model(full_set, 0, config)
+    metrics, cost, tables = work.test_weights(full_set, placed, config, model.state_dict())
     expected = evaluate(model, full_set.examples("test"), config.minimize)
-    assert tested.metrics.sums == expected.sums
-    assert tested.metrics.loss == pytest.approx(expected.loss, rel=1e-6)
-    assert tested.cost.num_forward == len(full_set.test)
-    table = tested.predictions
+    assert metrics.sums == expected.sums
+    assert metrics.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert cost.num_forward == len(full_set.test)
+    table = tables[PREDICTIONS_PATH]
     assert table.column("row").to_pylist() == full_set.test.table.column("row").to_pylist()
     num = len(full_set.task.class_names)
     counts = confusion(table, num)
     assert counts.trace() == expected.sums["num_correct"]
     assert counts.sum(axis=1).tolist() == np.bincount(full_set.test.arrays()["label"], minlength=num).tolist()
     wrong = [row["margin"] for row in table.to_pylist() if row["label"] != row["predicted"]]
-    assert tested.mistakes is not None
-    assert tested.mistakes.column("margin").to_pylist() == sorted(wrong, reverse=True)[:24]
+    assert tables[MISTAKES_PATH].column("margin").to_pylist() == sorted(wrong, reverse=True)[:24]
 
 
 def test_the_page_of_a_regression_has_its_residuals_and_the_ten_worst_examples(tmp_path: Path):

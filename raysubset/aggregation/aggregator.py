@@ -27,12 +27,7 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        return {
-            "method": self.method,
-            "validation": self.validation and self.validation.to_dict(),
-            "cost": self.cost.to_dict(),
-            "error": self.error,
-        }
+        return vars(self) | {"validation": self.validation and self.validation.to_dict(), "cost": self.cost.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -55,16 +50,10 @@ class Aggregation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the weights, for JSON."""
-        metrics = {
-            "training": self.training,
-            "validation": self.validation,
-            "uniform_mean": self.uniform_mean,
-            "ensemble": self.ensemble,
-            "best_member": self.best_member,
-        }
+        metrics = ("training", "validation", "uniform_mean", "ensemble", "best_member")
         return {
             **self.aggregate.to_dict(),
-            **{name: value and value.to_dict() for name, value in metrics.items()},
+            **{name: value and value.to_dict() for name in metrics for value in (getattr(self, name),)},
             **{f"mean_member_{name}": mean for name, mean in self.mean_member.items()},
             "barrier": self.barrier,
             "cost": self.cost.to_dict(),

@@ -49,26 +49,6 @@ class Minimum:
             raise ValueError(f"the minimum of subset {self.subset_id} was not measured on validation data")
         return self.validation
 
-    @classmethod
-    def from_dict(
-        cls,
-        record: dict[str, Any],
-        load_weights: Callable[[], Weights],
-        load_outputs: Callable[[], Tensor],
-        load_statistics: Callable[[str], Weights] = _no_statistics,
-    ) -> "Minimum":
-        """Return the minimum of a record, minimum.json."""
-        plain_fields = ("subset_id", "num_examples", "start_id", "outcome")
-        return cls(
-            **{name: record[name] for name in plain_fields},
-            training=record["training"] and Metrics.from_dict(record["training"]),
-            validation=record["validation"] and Metrics.from_dict(record["validation"]),
-            cost=Cost.from_dict(record["cost"]),
-            load_weights=load_weights,
-            load_outputs=load_outputs,
-            load_statistics=load_statistics,
-        )
-
 
 @dataclass(frozen=True)
 class Aggregate:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -30,12 +29,7 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        calibration: Examples,
-        validation: Examples,
-        minimize: MinimizeConfig,
+        self, model: nn.Module, *, calibration: Examples, validation: Examples, minimize: MinimizeConfig
     ) -> None:
         self._model, self._calibration, self._validation, self._minimize = model, calibration, validation, minimize
         self._num_forward, self._started = 0, time.perf_counter()
@@ -44,6 +38,9 @@ class Scorer:
         """Return the weights with batch-norm statistics of the calibration examples."""
         self._model.load_state_dict(weights)
         self._num_forward += recompute_batch_norm(self._model, self._calibration, self._minimize)
+        return self._weights()
+
+    def _weights(self) -> Weights:
         return {key: value.detach().to("cpu", copy=True) for key, value in self._model.state_dict().items()}
 
     def score(self, weights: Weights) -> Metrics:
@@ -73,8 +70,8 @@ class Scorer:
         def align(minima: Sequence[Minimum]) -> Aggregate:
             from raysubset.aggregation.alignment import aligned_soup  # scipy is slow to import, and rarely needed
 
-            options: dict[str, Any] = {"matching": config.matching, "repair": config.repair}
-            soup = aligned_soup(minima, self._model, self._calibration, self._minimize, **options)
+            place = self._model, self._calibration, self._minimize
+            soup = aligned_soup(minima, *place, matching=config.matching, repair=config.repair)
             assert soup.alignment is not None
             self._num_forward += soup.alignment["num_forward"]
             return soup

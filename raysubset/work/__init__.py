@@ -7,8 +7,13 @@ metrics, files = leave_test(full_set, 0, config, directory, aggregation.aggregat
 """
 
 from raysubset.work.aggregating import leave_aggregate, placed_model
-from raysubset.work.calibration import CALIBRATION_EXAMPLES, calibration_examples
-from raysubset.work.cutting import cut_subsample, cut_subsets, subsample_size
+from raysubset.work.cutting import (
+    CALIBRATION_EXAMPLES,
+    calibration_examples,
+    cut_subsample,
+    cut_subsets,
+    subsample_size,
+)
 from raysubset.work.minimizing import Minimizer
 from raysubset.work.pieces import (
     TEST_PATH,

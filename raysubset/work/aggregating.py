@@ -1,7 +1,6 @@
 """leave_aggregate(): computes and measures the aggregate of a round's minima in this process."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from raysubset.run_directory import mean_optimizer_path, momentum_path, optimize
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subsets import overdetermination_ratio
 from raysubset.training import Weights, device_name, place, use_device
-from raysubset.work.calibration import calibration_examples
+from raysubset.work.cutting import calibration_examples
 from raysubset.work.networks import Networks
 from raysubset.work.pieces import AggregatePiece, Piece
 from raysubset.work.starting import fixed_weights, unchanged_names
@@ -49,7 +48,6 @@ def leave_aggregate(
     with Ledger(directory).recorded("aggregation", round, **entry) as close:
         start = piece.start_weights(full_set) if start is None else start
         model = (networks or Networks()).placed(config, full_set, start, device)
-        averaged = averaged_names(model)
         scorer = Scorer(
             model,
             calibration=calibration_examples(config, full_set, device),
@@ -57,8 +55,11 @@ def leave_aggregate(
             minimize=config.minimize,
         )
         records, part_records = _records(piece.members), _records(piece.parts)
+        members = zip(piece.members, records, piece.parts or (None,) * len(records), strict=True)
+        averaged = averaged_names(model)
+        options: dict[str, Any] = {"start": start, "averaged": averaged}
         aggregation, momentum = aggregate_round(
-            [replace(minimum, averaged=averaged) for minimum in piece.minima(records, start)],
+            [member.minimum(record, part, **options) for member, record, part in members],
             config,
             scorer,
             start=start,

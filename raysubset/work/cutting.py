@@ -1,12 +1,15 @@
-"""The examples of a round's subsets, as pure functions of config, data and round."""
+"""Which examples are used for what, as pure functions of config, data and round: subsets, and samples of them."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from raysubset.config import Config, derive_seed
-from raysubset.data import FullSet
+from raysubset.data import Examples, FullSet
 from raysubset.subsets import Subset, split_into_subsets
+
+CALIBRATION_EXAMPLES = 10_000  # at most: for batch-norm statistics and the training loss of means
 
 
 def cut_subsets(
@@ -45,3 +48,14 @@ def cut_subsample(config: Config, indices: np.ndarray, round: int, subset_id: in
     """Return the part of a subset that savgm minimizes on a second time: sorted, distinct int64 positions."""
     generator = np.random.default_rng(derive_seed(config.seed, "subsample", round, subset_id))
     return np.sort(generator.choice(indices, subsample_size(config, len(indices)), replace=False))
+
+
+def calibration_examples(config: Config, full_set: FullSet, device: torch.device | str) -> Examples:
+    """Return the sample of a run, the same for all its stages and processes.
+
+    Batch-norm statistics are of augmented batches, as in training; losses are of the examples as they are.
+    """
+    num_train = len(full_set.train)
+    generator = np.random.default_rng(derive_seed(config.seed, "calibration"))
+    positions = np.sort(generator.choice(num_train, min(CALIBRATION_EXAMPLES, num_train), replace=False))
+    return full_set.examples("train", positions, device=device, augment=True)

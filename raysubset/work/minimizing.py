@@ -141,9 +141,6 @@ class Minimizer:
             self._preempted = True
         self._is_to_stop = True
 
-    def _stop_outcome(self) -> Outcome:
-        return "preempted" if self._preempted else "interrupted"
-
     def minimize(
         self,
         pieces: Sequence[Piece],
@@ -240,16 +237,14 @@ class Minimizer:
 
     def _close(self, work: Work, outcome: Outcome, cost: Cost, *, error: str | None = None) -> None:
         """Close a ledger entry. The bytes that a pack moved for all count with the first entry that is closed."""
-        entry = replace(work, outcome=outcome, ended_at=time.time(), error=error)
-        self._write(entry, cost, num_bytes=taken_bytes())
+        self._write(replace(work, outcome=outcome, ended_at=time.time(), error=error, cost=cost), taken_bytes())
         self._closed.append(work)
 
-    def _write(self, work: Work, cost: Cost | None = None, *, num_bytes: int = 0) -> None:
+    def _write(self, work: Work, num_bytes: int = 0) -> None:
         """Write a ledger entry, with the bytes that this process moved and those of the other workers."""
         if self._shard.rank == 0:
-            cost = cost or Cost()
-            num_bytes += self._start_bytes + cost.num_steps * self._step_bytes
-            Ledger(self._run).write(replace(work, cost=cost, num_network_bytes=num_bytes))
+            num_bytes += self._start_bytes + work.cost.num_steps * self._step_bytes
+            Ledger(self._run).write(replace(work, num_network_bytes=num_bytes))
 
     def _placed(
         self, piece: Piece, start: Weights | None, device: torch.device, place_in_pack: int
@@ -434,7 +429,7 @@ class Minimizer:
             return
         if is_saved or now_s - job.beat_at >= Ledger(self._run).heartbeat_s:
             # Before the checkpoint, so that the work in it is counted
-            self._write(job.work, progress.cost, num_bytes=moved_bytes() if is_first else 0)
+            self._write(replace(job.work, cost=progress.cost), moved_bytes() if is_first else 0)
             job.beat_at = time.perf_counter()
         if is_saved:
             state |= job.watch.state_dict() if job.watch else {}
@@ -454,7 +449,7 @@ class Minimizer:
             self._close(job.work, "failed", cost + shared, error=one_line(result))
             return result
         if result.outcome == "stopped":
-            self._close(job.work, self._stop_outcome(), cost + shared)
+            self._close(job.work, "preempted" if self._preempted else "interrupted", cost + shared)
             return None
         full_set, device = self._load_full_set(), job.examples.device
         if piece.by_train:

@@ -1,6 +1,6 @@
 """Pieces of work. Each is complete: beside the full set, the process that does it needs nothing else."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.run_directory.ledger import Stage
-from raysubset.training import MEASURES, Cost, Measure, Progress, Weights
+from raysubset.training import MEASURES, Cost, Measure, Metrics, Progress, Weights
 from raysubset.work.cutting import cut_subsample, cut_subsets
 from raysubset.work.starting import random_model, seeded_model
 
@@ -145,12 +145,20 @@ class Piece:
         """
         return start if self.moved is None else from_differences(self.moved.weights(), start)
 
-    def minimum(self, record: dict[str, Any], part: "Piece | None" = None, *, start: Weights | None = None) -> Minimum:
+    def minimum(
+        self,
+        record: dict[str, Any],
+        part: "Piece | None" = None,
+        *,
+        start: Weights | None = None,
+        averaged: frozenset[str] | None = None,
+    ) -> Minimum:
         """Return the minimum of its record; weights and other large data are read when they are needed.
 
         Args:
             part: the same minimization on a part of the subset, for savgm.
             start: the weights to which stored differences are added: its first weights, or a later aggregate.
+            averaged: models.averaged_names().
         """
         files = record["files"]
 
@@ -161,8 +169,12 @@ class Piece:
             assert start is not None
             return from_differences(stored, start)
 
-        return Minimum.from_dict(
-            record,
+        return Minimum(
+            **{name: record[name] for name in ("subset_id", "num_examples", "start_id", "outcome")},
+            training=record["training"] and Metrics.from_dict(record["training"]),
+            validation=record["validation"] and Metrics.from_dict(record["validation"]),
+            cost=Cost.from_dict(record["cost"]),
+            averaged=averaged,
             load_weights=load_weights,
             load_outputs=lambda: self.directory.read_weights(outputs_path(self.folder), files)["outputs"],
             load_statistics=partial(self._statistics, files, part),
@@ -213,14 +225,6 @@ class AggregatePiece:
     def record(self) -> dict[str, Any] | None:
         """Return its record; None if it is not done."""
         return self.output.record()
-
-    def minima(self, records: Sequence[dict[str, Any]], start: Weights) -> list[Minimum]:
-        """Return the minima of its members, by their records. Stored differences are added to these weights."""
-        parts = self.parts or (None,) * len(self.members)
-        return [
-            member.minimum(record, part, start=start)
-            for member, record, part in zip(self.members, records, parts, strict=True)
-        ]
 
     def start_weights(self, full_set: FullSet) -> Weights:
         """Return the weights that its members started from."""

@@ -1,7 +1,6 @@
 """leave_test(): scores the final model on the test split, in this process."""
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,6 @@ from raysubset.work.aggregating import placed_model
 from raysubset.work.pieces import TEST_PATH, TestPiece
 
 
-@dataclass(frozen=True)
-class Tested:
-    """The results of one reading of the test split."""
-
-    metrics: Metrics
-    cost: Cost
-    predictions: pa.Table  # the task's tabulate(): a row per example in the split's order, "row" of the source
-    mistakes: pa.Table | None  # the task's mistakes(): some of its rows, with what is needed to draw them
-
-
 def leave_test(
     full_set: FullSet, num_gpus: float, config: Config, directory: RunDirectory, weights: Weights, **place: Any
 ) -> tuple[Metrics, dict[str, Seal]]:
@@ -42,23 +31,27 @@ def leave_test(
     """
     placed = placed_model(full_set, num_gpus, config)
     with Ledger(directory).recorded("test", 0, device=device_name(placed[1]), **place) as close:
-        tested = test_weights(full_set, placed, config, weights)
-        close(tested.cost)
-    tables = {PREDICTIONS_PATH: tested.predictions, MISTAKES_PATH: tested.mistakes}
-    seals = {path: directory.write_table(path, table) for path, table in tables.items() if table is not None}
-    return tested.metrics, seals
+        metrics, cost, tables = test_weights(full_set, placed, config, weights)
+        close(cost)
+    return metrics, {path: directory.write_table(path, table) for path, table in tables.items()}
 
 
 def leave_metrics(full_set: FullSet, num_gpus: float, piece: TestPiece) -> dict[str, Any]:
     """Score the weights of another piece of work on the test split, and write the metrics beside them."""
     placed = placed_model(full_set, num_gpus, piece.config)
-    record = test_weights(full_set, placed, piece.config, piece.of.weights()).metrics.to_dict()
+    record = test_weights(full_set, placed, piece.config, piece.of.weights())[0].to_dict()
     piece.directory.write_json(TEST_PATH, record)
     return record
 
 
-def test_weights(full_set: FullSet, placed: tuple[nn.Module, torch.device], config: Config, weights: Weights) -> Tested:
-    """Return metrics and predictions on the test split, with a placed_model()."""
+def test_weights(
+    full_set: FullSet, placed: tuple[nn.Module, torch.device], config: Config, weights: Weights
+) -> tuple[Metrics, Cost, dict[str, pa.Table]]:
+    """Return metrics on the test split with a placed_model(), the cost, and tables by path.
+
+    The table of predictions is the task's tabulate(): a row per example in the split's order, with "row" of the source.
+    That of mistakes, if the task has one, has some of its rows, with what is needed to draw them.
+    """
     start_s, (model, device), task = time.perf_counter(), placed, full_set.task
     model.load_state_dict(weights)
     num, loss_sum, sums, tables = len(full_set.test), 0.0, dict[str, Any](), list[pa.Table]()
@@ -77,5 +70,7 @@ def test_weights(full_set: FullSet, placed: tuple[nn.Module, torch.device], conf
     table = pa.concat_tables(tables)
     columns = {name: table.column(name) for name in table.column_names}
     predictions = pa.table({"row": full_set.test.table.column("row"), **columns}).combine_chunks()
-    mistakes = task.mistakes(predictions, full_set.test.take(), outputs_of)
-    return Tested(Metrics.of_sums(task, loss_sum, sums, num), cost, predictions, mistakes)
+    found = {PREDICTIONS_PATH: predictions}
+    if (mistakes := task.mistakes(predictions, full_set.test.take(), outputs_of)) is not None:
+        found[MISTAKES_PATH] = mistakes
+    return Metrics.of_sums(task, loss_sum, sums, num), cost, found

@@ -22,7 +22,7 @@ from raysubset.training import (
     recompute_batch_norm,
     try_training,
 )
-from raysubset.work.calibration import calibration_examples
+from raysubset.work.cutting import calibration_examples
 from raysubset.work.pieces import Piece
 from raysubset.work.starting import unchanged_names
 

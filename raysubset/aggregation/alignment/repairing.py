@@ -35,13 +35,8 @@ def layer_statistics(model: nn.Module, structure: UnitStructure, batches: Iterab
 
 def mean_statistics(members: Sequence[Statistics]) -> Statistics:
     """Return the mean of the members' means, and of their standard deviations: the target of REPAIR."""
-    return {
-        node: (
-            torch.stack([member[node][0] for member in members]).mean(0),
-            torch.stack([member[node][1] for member in members]).mean(0),
-        )
-        for node in members[0]
-    }
+    of_layers = {node: zip(*(member[node] for member in members), strict=True) for node in members[0]}
+    return {node: (torch.stack(means).mean(0), torch.stack(stds).mean(0)) for node, (means, stds) in of_layers.items()}
 
 
 def repair(model: nn.Module, structure: UnitStructure, targets: Statistics, batches: Sequence[Tensor]) -> None:

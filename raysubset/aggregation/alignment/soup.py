@@ -69,14 +69,13 @@ def aligned_soup(
     plain = uniform_soup(minima)
     structure = _without_frozen(trace_units(model, examples.task.spec()), averaged_names(model))
     sample = _sample(examples)
-    scorer = Scorer(model, calibration=sample, validation=sample, minimize=minimize)
-    work = _Work(model, structure, sample, minimize)
+    scorer = _Aligner(model, structure, sample, minimize)
 
     member_losses = [scorer.score_as_is(minimum.load_weights()).loss for minimum in minima]
     mean_loss = sum(member_losses) / len(minima)
     barrier_before = scorer.score(plain.weights).loss - mean_loss
 
-    match = work.match_weights if matching == "weights" else work.match_activations
+    match = scorer.match_weights if matching == "weights" else scorer.match_activations
     loaders = [minimum.load_weights for minimum in minima]
     orders, num_rounds = merge_many(loaders, structure, match, most_rounds=_MOST_ROUNDS[matching], seed=_SEED)
     mean, statistics = mean_of(minima), []
@@ -84,10 +83,10 @@ def aligned_soup(
         aligned = permuted(minimum.load_weights(), structure.groups, order)
         mean.add(aligned)
         if repair:
-            statistics.append(work.statistics(aligned))
+            statistics.append(scorer.statistics(aligned))
     weights = scorer.refreshed(mean.weights())
     if repair:
-        weights = work.repaired(weights, statistics)
+        weights = scorer.repaired(weights, statistics)
     barrier_after = scorer.score_as_is(weights).loss - mean_loss
 
     alignment = {
@@ -97,37 +96,35 @@ def aligned_soup(
         "num_groups": len(structure.groups),
         "num_fixed_groups": structure.num_fixed_groups,
         "num_rounds": num_rounds,  # of MergeMany
-        "num_forward": scorer.cost().num_forward + work.num_forward,  # examples
+        "num_forward": scorer.cost().num_forward,  # examples
         "seconds": time.perf_counter() - start_s,
     }
     soup = aggregate_of("aligned_soup", minima, weights, [1.0] * len(minima), mean)
     return dataclasses.replace(soup, alignment=alignment)
 
 
-class _Work:
-    """The work on the model's activations on the sample, and a count of it."""
+class _Aligner(Scorer):
+    """A Scorer on one sample that compares and restores the model's activations too."""
 
     def __init__(self, model: nn.Module, structure: UnitStructure, sample: Examples, minimize: MinimizeConfig) -> None:
-        self.num_forward = 0
-        self._model, self._structure, self._sample, self._minimize = model, structure, sample, minimize
+        super().__init__(model, calibration=sample, validation=sample, minimize=minimize)
+        self._structure = structure
         self._target_model: nn.Module | None = None  # a second model, for comparing activations
 
     def statistics(self, weights: Weights) -> repairing.Statistics:
-        self._model.load_state_dict(weights)
-        self.num_forward += len(self._sample)
+        batches = self._batches(weights)
         with evaluation_mode(self._model):
-            return repairing.layer_statistics(self._model, self._structure, self._batches())
+            return repairing.layer_statistics(self._model, self._structure, batches)
 
     def repaired(self, weights: Weights, members: Sequence[repairing.Statistics]) -> Weights:
-        self._model.load_state_dict(weights)
-        self.num_forward += len(self._sample)
+        batches = self._batches(weights)
         with evaluation_mode(self._model):
-            repairing.repair(self._model, self._structure, repairing.mean_statistics(members), self._batches())
-        return {name: value.detach().to("cpu", copy=True) for name, value in self._model.state_dict().items()}
+            repairing.repair(self._model, self._structure, repairing.mean_statistics(members), batches)
+        return self._weights()
 
     def match_weights(self, target: Weights, weights: Weights) -> Permutations:
         names = [name for name, _ in self._model.named_parameters()]
-        device = self._sample.device
+        device = self._calibration.device
         return match_weights(target, weights, self._structure, parameter_names=names, seed=_SEED, device=device)
 
     def match_activations(self, target: Weights, weights: Weights) -> Permutations:
@@ -135,17 +132,20 @@ class _Work:
         if self._target_model is None:
             self._target_model = copy.deepcopy(self._model)
         self._target_model.load_state_dict(target)
-        self._model.load_state_dict(weights)
-        self.num_forward += recompute_batch_norm(self._target_model, self._sample, self._minimize)
-        self.num_forward += 2 * len(self._sample)
+        self._num_forward += recompute_batch_norm(self._target_model, self._calibration, self._minimize)
+        self._num_forward += len(self._calibration)
+        batches = self._batches(weights)
         with evaluation_mode(self._target_model), evaluation_mode(self._model):
             target_network, network = map(self._structure.network, (self._target_model, self._model))
-            return match_activations(target_network, network, self._structure.groups, self._batches())
+            return match_activations(target_network, network, self._structure.groups, batches)
 
-    def _batches(self) -> list[Tensor]:
-        sizes = even_sizes(len(self._sample), math.ceil(len(self._sample) / _BATCH))
+    def _batches(self, weights: Weights) -> list[Tensor]:
+        """Return the sample in batches, counted, for the model with these weights."""
+        self._model.load_state_dict(weights)
+        self._num_forward += len(self._calibration)
+        sizes = even_sizes(len(self._calibration), math.ceil(len(self._calibration) / _BATCH))
         dtype = next(self._model.parameters()).dtype
-        batches = self._sample.in_order(sizes, channels_last=self._minimize.channels_last, dtype=dtype)
+        batches = self._calibration.in_order(sizes, channels_last=self._minimize.channels_last, dtype=dtype)
         return [images for images, _ in batches]
 
 
