@@ -29,28 +29,25 @@ BLOCK = 2**18  # elements of a task vector at a time: a MiB of float32, which st
 def task_vector_methods(config: AggregationConfig) -> dict[str, Method]:
     """Return the methods that work on differences of weights, with the config's settings."""
 
+    def given(context: Context) -> dict[str, Any]:
+        if context.start is None:
+            raise ValueError(f"{config.method} needs the weights that the minima started from")
+        return {"start": context.start, "scale": config.task_scale, "parameter_names": context.parameter_names}
+
     def by_ties(minima: Sequence[Minimum], context: Context) -> Aggregate:
-        options = {"density": config.ties_density, "scale": config.task_scale}
-        return ties(minima, _start("ties", context), parameter_names=context.parameter_names, **options)
+        return ties(minima, density=config.ties_density, **given(context))
 
     def by_dare(minima: Sequence[Minimum], context: Context) -> Aggregate:
-        options: dict[str, Any] = {"drop": config.dare_drop, "scale": config.task_scale, "seed": context.seed}
-        return dare(minima, _start("dare", context), parameter_names=context.parameter_names, **options)
+        return dare(minima, drop=config.dare_drop, seed=context.seed, **given(context))
 
     def by_savgm(minima: Sequence[Minimum], context: Context) -> Aggregate:
-        return savgm(minima, parameter_names=context.parameter_names, fraction=config.savgm_fraction)
+        return savgm(minima, fraction=config.savgm_fraction, parameter_names=context.parameter_names)
 
     return {
         "ties": Method(by_ties, settings=("ties_density", "task_scale")),
         "dare": Method(by_dare, settings=("dare_drop", "task_scale")),
         "savgm": Method(by_savgm, Needs(parts=True), ("savgm_fraction",)),
     }
-
-
-def _start(method: str, context: Context) -> Weights:
-    if context.start is None:
-        raise ValueError(f"{method} needs the weights that the minima started from")
-    return context.start
 
 
 def ties(
@@ -76,8 +73,7 @@ def ties(
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
     """
-    _refuse_independent("ties", minima)
-    origin, buffers = _parameters(start, parameter_names), mean_of(minima)
+    origin, buffers = _origin("ties", minima, start, parameter_names), mean_of(minima)
     sums, magnitudes = _zeros(origin), _zeros(origin)
     num_plus, num_minus = (_zeros(origin, torch.uint8 if len(minima) < 2**8 else torch.int32) for _ in range(2))
     for _, weights in _load_moved(minima, start):
@@ -114,8 +110,7 @@ def dare(
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
     """
-    _refuse_independent("dare", minima)
-    origin, buffers = _parameters(start, parameter_names), mean_of(minima)
+    origin, buffers = _origin("dare", minima, start, parameter_names), mean_of(minima)
     num_dropped = min(round(drop * 2**16), 2**16 - 1)  # of 2¹⁶
     sums = _zeros(origin)
     for minimum, weights in _load_moved(minima, start):
@@ -153,12 +148,14 @@ def savgm(minima: Sequence[Minimum], *, fraction: float, parameter_names: Collec
     return aggregate_of("savgm", minima, merged, [1.0] * len(minima), buffers)
 
 
-def _refuse_independent(method: str, minima: Sequence[Minimum]) -> None:
+def _origin(method: str, minima: Sequence[Minimum], start: Weights, names: Collection[str]) -> Weights:
+    """Return the parameters of the start, which the minima must share."""
     if not shares_start(minima):
         raise ValueError(
             f"{method} works on the minima's differences from their common start, and these share none: use "
             "subsets.start=shared, or aggregation.method=aligned_soup or select_best"
         )
+    return {name: start[name] for name in sorted(names) if name in start}
 
 
 def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Minimum, Weights]]:
@@ -168,10 +165,6 @@ def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Min
     for minimum, weights in load_members(minima):
         refuse_other_architecture(start, weights)
         yield minimum, weights
-
-
-def _parameters(start: Weights, names: Collection[str]) -> Weights:
-    return {name: start[name] for name in sorted(names) if name in start}
 
 
 def _dtype(origin: Weights) -> torch.dtype:

@@ -554,17 +554,11 @@ class Minimizer:
     ) -> Cost:
         """Write the statistics of the minimum on its own subset that the aggregation needs; add their seals."""
         config, aggregation, cost = self._config, self._config.aggregation, Cost()
+        functions = {"fisher": partial(diagonal_fisher, labels=aggregation.fisher_labels), "gram": gram_matrices}
         for kind in piece.statistics:
-            options: dict[str, Any] = {
-                "num_examples": aggregation.statistics_examples,
-                "seed": derive_seed(config.seed, kind, piece.round, piece.subset_id or 0),
-            }
-            if kind == "fisher":
-                tensors, statistics_cost = diagonal_fisher(
-                    model, _held(subset_examples), config.minimize, labels=aggregation.fisher_labels, **options
-                )
-            else:
-                tensors, statistics_cost = gram_matrices(model, _held(subset_examples), config.minimize, **options)
+            seed = derive_seed(config.seed, kind, piece.round, piece.subset_id or 0)
+            options: dict[str, Any] = {"num_examples": aggregation.statistics_examples, "seed": seed}
+            tensors, statistics_cost = functions[kind](model, _held(subset_examples), config.minimize, **options)
             path = statistics_path(piece.folder, kind)
             files[path] = self._run.write_weights(path, tensors, is_durable=is_durable)
             cost += statistics_cost

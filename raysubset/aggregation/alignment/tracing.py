@@ -64,7 +64,6 @@ class UnitStructure:
 
     groups: tuple[UnitGroup, ...]
     num_fixed_groups: int  # sets of units that an unknown operation keeps in place
-    held_by: tuple[str, ...]  # these operations
     layers: tuple[Layer, ...]  # in forward order, without the logits' layer
     graph: fx.Graph = field(repr=False)
 
@@ -200,13 +199,8 @@ def _structure(tracer: UnitTracer, graph: fx.Graph) -> UnitStructure:
     )
     if not groups:
         raise refusal(f"all are kept in place by {tracer.held[0][1]}" if tracer.held else "none are hidden")
-
-    def moves(units: Tensor) -> bool:
-        return not is_fixed[unit_class[units.numpy()]].all()
-
-    held_by = tuple(dict.fromkeys(place for units, place in tracer.held if moves(units)))
-    layers = tuple(layer for layer, units in tracer.layers if moves(units))
-    return UnitStructure(groups, len(np.unique(kind[is_held & ~is_fixed])), held_by, layers, graph)
+    layers = tuple(layer for layer, units in tracer.layers if not is_fixed[unit_class[units.numpy()]].all())
+    return UnitStructure(groups, len(np.unique(kind[is_held & ~is_fixed])), layers, graph)
 
 
 def _classes(tracer: UnitTracer) -> np.ndarray:
