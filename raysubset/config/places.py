@@ -26,7 +26,8 @@ class ActorsConfig(Part):
     checkpoint_epochs: Annotated[float, "(0, ∞)"] = 1.0
     """Epochs between two checkpoints of a piece of work."""
     checkpoint_s: Annotated[float, "(0, ∞)"] = 60.0
-    """A checkpoint is also written when this many seconds have passed since the last."""
+    """A checkpoint is also written when this many seconds have passed since the last. Several workers of Ray Train with
+    extrapolation past_local or skipping, who have states of their own, write by checkpoint_epochs alone."""
     stall_s: Annotated[float, "(0, ∞)"] = 300.0
     """Report work as stalled after so many seconds without a step, and ten times its usual step. After twice that it is
     killed and tried again, as an attempt. The first steps, which may compile or read, may take four times as long."""
