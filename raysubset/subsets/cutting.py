@@ -80,13 +80,11 @@ def split_into_subsets(
     limit = _size_limit(config, len(labels))
     names: list[str] | None = None
     if config.scheme == "column":
-        groups, names = _by_column(config, attributes, len(labels))
-        dealt = [_cut(group, labels, limit, generator) for group in groups]
+        dealt, names = _by_column(config, attributes, len(labels))
     else:
         num, size = resolve_cut(config, len(labels))
         if config.scheme == "function":
-            groups = _by_function(config, labels, num, seed)
-            dealt = [_cut(group, labels, limit, generator) for group in groups]
+            dealt = _by_function(config, labels, num, seed)
         elif shares is not None:
             assert len(shares) == num, f"{len(shares)} shares for {num} subsets"
             sizes = sizes_by_share(shares, num * size)
@@ -101,6 +99,8 @@ def split_into_subsets(
             dealt = _dirichlet(labels, num, size, config.alpha, generator)
         else:
             dealt = _stratified(labels, num, size, generator)
+    if config.scheme in ("column", "function") and limit is not None:
+        dealt = [group[_stratified(labels[group], 1, min(limit, len(group)), generator)[0]] for group in dealt]
     dealt = [np.sort(indices).astype(np.int64) for indices in dealt]
     return [
         Subset(i, indices, len(np.unique(labels[indices])), names[i] if names else None)
@@ -251,13 +251,6 @@ def _dirichlet(
         dealt.append(by_class[np.arange(size) + np.repeat(starts - np.cumsum(num_dealt) + num_dealt, num_dealt)])
         remaining -= num_dealt
     return dealt
-
-
-def _cut(group: np.ndarray, labels: np.ndarray, limit: int | None, generator: np.random.Generator) -> np.ndarray:
-    if limit is None:
-        return group
-    (order,) = _stratified(labels[group], 1, min(limit, len(group)), generator)
-    return group[order]
 
 
 def _by_column(
