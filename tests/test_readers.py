@@ -791,6 +791,16 @@ def test_an_empty_folder_of_a_split_is_refused():
         layout_of(*crossed("train", "test"), empty=("val", "annotations"))
 
 
+def test_classes_that_hold_the_same_folders_are_warned_of(tmp_path: Path):
+    for part in crossed("trn", "tst"):
+        write_images(tmp_path / part, random_images(5))
+    warning = "warning: class folders trn, tst of the train split hold folders of the same names (cat, dog): if those"
+    assert any(note.startswith(warning) for note in load(tmp_path).notes)
+    (tmp_path / "trn").rename(tmp_path / "trainingsdaten")
+    with pytest.raises(ValueError, match=r"class folders trainingsdaten, tst .*: name splits by words of their own"):
+        load(tmp_path)
+
+
 def test_an_archive_unpacked_twice_is_refused(tmp_path: Path):
     for part in ("cat", "dog", "pets/cat", "pets/dog"):
         write_images(tmp_path / part, random_images(5))

@@ -17,6 +17,7 @@ from raysubset.data.ignored import Ignored
 from raysubset.data.layout import (
     Layout,
     Placed,
+    folders_shared_by_classes,
     lay_out_images,
     lay_out_masks,
     lay_out_tables,
@@ -117,7 +118,7 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     refuse_copies({path: visible.files[path].size for path in paths}, where=where)
     if broken := [link for link in left_out[_DANGLING] if link.lower().endswith(_SUFFIXES[kind])]:
         raise _links_to_nothing(where, broken)
-    masks_layout = None
+    masks_layout, notes = None, ()
     if kind != "images":
         _refuse_logged([*visible.folders, *visible.files, *left_out["hidden"]], where)
         layout = lay_out_tables(paths, where=where, label_column=config.label_column)
@@ -133,6 +134,8 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
     chosen_layout = ignored.without(in_order)
     left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen_layout for file in layout[split]]
     ignored.refuse_unmatched([*layout, *visible.folders, *visible.files])
+    if kind == "images" and not masks_layout:
+        notes = folders_shared_by_classes(chosen_layout, where=where)
     summary = _in_words(left_out, visible.files.keys() - {*paths})
     if "train" not in chosen_layout:
         missing, present = ("train folder", chosen_layout) if kind == "images" else ("training files", paths)
@@ -147,7 +150,7 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
         kind=kind,
         layout=with_values(chosen_layout),
         paths=tuple(path for file in placed for path in (file.path, file.mask) if path),
-        notes=(Note(f"left out: {summary}"),) if summary else (),
+        notes=(Note(f"left out: {summary}"), *notes) if summary else notes,
     )
 
 

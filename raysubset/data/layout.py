@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 
 from raysubset.data.split import SplitName
+from raysubset.events import Note
 
 # The words by which the `datasets` library recognises splits in file and folder names.
 _SPLIT_WORDS: dict[str, SplitName] = {
@@ -278,6 +279,27 @@ def _without_word(path: str, words: Sequence[str]) -> str | None:
         if num:
             return "/".join([*folders[:place], *filter(None, [remainder.strip("-_ ")]), *folders[place + 1 :], name])
     return None
+
+
+def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]:
+    """Warn if all class folders hold folders of the same names: those may be the classes, and their parents splits.
+
+    Raises:
+        ValueError: if the class folders' names also contain a word of a split.
+    """
+    for split, files in layout.items():
+        inner: defaultdict[str, set[str]] = defaultdict(set)
+        for file in files:
+            inner[str(file.class_name)].add(file.path.rsplit("/", 2)[-2])
+        first, *others = inner.values()
+        if others and len(first) > 1 and all(names == first for names in others):
+            names = some(sorted(first))
+            text = f"class folders {some(inner)} of the {split} split hold folders of the same names ({names})"
+            if any(re.search(_ANY_WORD, name.lower()) for name in inner):
+                _refuse(where, text, "name splits by words of their own, as my-train and my-test do", ignore=None)
+            text += ": if those are the classes, give data.name a folder that holds them directly"
+            return (Note(text, is_warning=True),)
+    return ()
 
 
 def refuse_copies(sizes: Mapping[str, int], *, where: str) -> None:
