@@ -382,6 +382,7 @@ def test_splits_are_found_by_the_words_of_names(file: str, split: str):
         (["train/0.parquet", "training/0.parquet"], "both name the train split"),
         (["is_test=0/0.parquet", "is_test=1/0.parquet"], "is_test=0 may name a split, but not which: rename it"),
         (["split=0/0.parquet", "split=1/0.parquet"], "split=0 may name a split"),
+        (["data.parquet", "data.feather"], "data.parquet and data.feather may be one table in two formats"),
     ],
 )
 def test_tables_whose_names_leave_the_split_open_are_refused_with_the_way_out(files: list[str], message: str):

@@ -94,6 +94,10 @@ def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> La
     Raises:
         ValueError: for ambiguous names.
     """
+    by_stem: dict[str, str] = {}
+    for path in paths:
+        if (other := by_stem.setdefault(str(PurePosixPath(path).with_suffix("")), path)) != path:
+            _refuse(where, f"{other} and {path} may be one table in two formats", "remove one", ignore=path)
     layout: Layout = defaultdict(list)
     words: dict[str, dict[SplitName, str]] = {}
     by_split: defaultdict[SplitName, dict[str, str]] = defaultdict(dict)  # for each word of the split, an example path
