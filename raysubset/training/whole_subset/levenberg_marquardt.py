@@ -35,8 +35,8 @@ class LevenbergMarquardt:
                 f"most {MOST_PARAMETERS:,} parameters: use gauss_newton or lbfgs, or a smaller network"
             )
         self._objective, self._scale, self._damping = objective, objective.recipe.peak_learning_rate(), damping
-        self._sums = objective.normal_sums()
-        self.least_thirds = 2 + 2 * self._sums.num_residuals  # a Jacobian, and a loss
+        self._num_residuals = objective.num_residuals()
+        self.least_thirds = 2 + 2 * self._num_residuals  # a Jacobian, and a loss
 
     def step(self, start: Evaluation, budget: int) -> Evaluation:
         """Make one accepted step and return its loss, with the gradient at its start.
@@ -44,7 +44,7 @@ class LevenbergMarquardt:
         If the budget ends, or twelve steps in a row are rejected, return `start`, or the last loss if it is not finite.
         """
         objective, origin, start_thirds = self._objective, self._objective.weights(), self._objective.thirds
-        gradient, matrix = objective.normal_equations(self._sums)
+        gradient, matrix = objective.normal_equations(self._num_residuals)
         current = Evaluation(start.loss, gradient.to(origin.dtype))
         if current.largest_slope <= (objective.recipe.gradient_tolerance or 0.0):
             return current

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp
+from torch.func import functional_call, jacrev, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raysubset.config import MinimizeConfig
@@ -14,9 +14,9 @@ from raysubset.data import Examples
 from raysubset.errors import first_line
 from raysubset.training.devices import widest_dtype
 from raysubset.training.evaluation import widened
-from raysubset.training.whole_subset.normal_equations import NormalSums
 
 CHUNK_BATCHES = 16  # batches of a chunk of the subset, so that memory stays bounded
+JACOBIAN_ELEMENTS = 2**20  # of a Jacobian of a part of the examples: a CPU takes no less time with more
 
 
 def dot(a: Tensor, b: Tensor) -> float:
@@ -169,31 +169,54 @@ class Objective:
         self.num_backward += len(self._examples)
         return total
 
-    def normal_sums(self) -> NormalSums:
-        """Return the NormalSums with which normal_equations() computes.
+    def jacobian(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the derivatives J [n·M, P] of the residuals, whose squares sum to the loss, and these [n·M].
+
+        They are in float64 (in float32 on Apple's GPUs, which lack float64). The network runs uncompiled.
 
         Raises:
             ValueError: if the loss is no sum of squares, or torch cannot differentiate single examples' outputs.
         """
-        inputs, targets = next(self._batches([self._chunks[0][:2]]))
+        parameters = {name: p.detach() for name, p in self._named.items()}
+
+        def residuals_at(weights: dict[str, Tensor], example: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = widened(functional_call(self.model, weights, (example.unsqueeze(0),)))
+            residuals = self._examples.task.residuals(outputs, target.unsqueeze(0)).flatten()
+            return residuals, residuals
+
         try:
-            return NormalSums(self.model, self._examples.task.residuals, inputs, targets)
+            with sdpa_kernel(SDPBackend.MATH):  # vmap takes other attention one by one
+                derivatives = vmap(jacrev(residuals_at, has_aux=True), in_dims=(None, 0, 0))
+                parts, residuals = derivatives(parameters, inputs, targets)
         except RuntimeError as error:
             raise ValueError(
                 "levenberg_marquardt cannot take single examples' gradients of this network: use lbfgs or cg "
                 f"({first_line(error)})"
             ) from error
+        wide = widest_dtype(self.device)
+        rows = torch.cat([parts[name].reshape(*residuals.shape, -1) for name in parameters], dim=2)
+        return rows.flatten(0, 1).to(wide), residuals.flatten().to(wide)
 
-    def normal_equations(self, sums: NormalSums) -> tuple[Tensor, Tensor]:
-        """Return gradient [P] and Gauss-Newton matrix [P, P] of a loss that is a sum of squares, in float64.
+    def num_residuals(self) -> int:
+        """Return M, the number of residuals of an example; raise the errors of jacobian()."""
+        inputs, targets = next(self._batches([self._chunks[0][:1]]))
+        return len(self.jacobian(inputs, targets)[1])
 
-        It costs a forward pass and, with M residuals an example, M backward passes. The network runs uncompiled, even
-        if it is compiled for losses and gradients.
+    def normal_equations(self, num_residuals: int) -> tuple[Tensor, Tensor]:
+        """Return gradient [P] and Gauss-Newton matrix [P, P] of a loss that is a sum of squares, as jacobian() does.
+
+        It costs a forward pass and, with M residuals an example, M backward passes.
         """
-        num = len(self._examples)
-        gradient, matrix = sums.over(self._batches(self._chunks))
+        num, num_parameters = len(self._examples), sum(self._sizes)
+        gradient = torch.zeros(num_parameters, dtype=widest_dtype(self.device), device=self.device)
+        matrix = gradient.new_zeros(num_parameters, num_parameters)
+        part = max(1, JACOBIAN_ELEMENTS // (num_residuals * num_parameters))
+        for inputs, targets in self._batches(torch.arange(num, device=self.device).split(part)):
+            jacobian, residuals = self.jacobian(inputs, targets)
+            gradient.addmv_(jacobian.T, residuals)
+            matrix.addmm_(jacobian.T, jacobian)
         self.num_forward += num
-        self.num_backward += num * sums.num_residuals
+        self.num_backward += num * num_residuals
         self.num_gradients += 1
         return gradient * (2 / num), matrix * (2 / num)
 
