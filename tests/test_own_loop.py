@@ -10,7 +10,7 @@ from raysubset.data import load_full_set
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory, weights_path
 from raysubset.run_directory.ledger import Ledger
-from raysubset.training import DivergedError, Progress, minimize, starts_over, try_own_loop, why_not_packed
+from raysubset.training import DivergedError, Progress, minimize, starts_over, try_own_steps, why_not_packed
 from raysubset.work import Minimizer, Piece
 from tests.tiny import cnn, examples, same_bits, stop_at, stored_weights, through_a_file, weights
 
@@ -91,9 +91,9 @@ def test_what_our_side_raises_in_on_step_passes_through():
 def test_one_that_works_is_tried_on_copies():
     model = cnn()
     before, state = weights(model), torch.get_rng_state()
-    assert try_own_loop(model, recipe("momentum"), examples()) is None
+    assert try_own_steps(model, recipe("momentum"), examples()) is None
     assert "if its process dies, a subset's work starts over" in str(
-        try_own_loop(model, recipe("without_capture"), examples())
+        try_own_steps(model, recipe("without_capture"), examples())
     )
     assert same_bits(weights(model), before)
     assert torch.equal(torch.get_rng_state(), state)
@@ -109,7 +109,7 @@ MISTAKES = {
     "infinite": "ended at weights that are not finite: lower its learning rate",
     "endless": r"continued after on_step\(\) had returned True: return then",
     "forgetful": r"ends elsewhere when it is resumed from its capture\(\): draw by progress.seed and the step",
-    "opaque": r"has a capture\(\) that a checkpoint cannot hold: give tensors, numbers, words, lists and dicts",
+    "opaque": r"has a capture\(\) that a checkpoint cannot hold: keep tensors, numbers, words, lists and dicts",
     "backwards": r"called on_step\(\) at step 1 after 1: let progress.count\(\) count it",
     "unrecorded": r"set progress.epoch_ended without a record in progress.history: call progress.count\(\)",
     "half_costs": r"reported steps and costs of \(1, 0.5, 0, 0\): give whole numbers",
@@ -123,7 +123,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("function", "message"), MISTAKES.items())
 def test_one_that_does_not_fit_is_refused_in_a_line_before_a_run(function, message):
     with pytest.raises(ValueError, match=message) as caught:
-        try_own_loop(cnn(), recipe(function), examples())
+        try_own_steps(cnn(), recipe(function), examples())
     assert "\n" not in str(caught.value)
     assert str(caught.value).count("minimize.loop = 'tests.own_loops:") == 1
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raysubset.config import Config, MinimizeConfig
-from raysubset.training import minimize, try_own_optimizer, why_not_packed
+from raysubset.training import minimize, try_own_steps, why_not_packed
 from raysubset.training.optimizers import make_optimizer
 from tests.tiny import cnn, examples, linear, noisy_network, resume_at_the_bits, same_bits, weights
 
@@ -45,7 +45,7 @@ def test_stopped_and_resumed_from_a_file_it_ends_at_the_same_bits(step):
 def test_one_that_works_is_tried_on_copies(function):
     model = cnn()
     before, state = weights(model), torch.get_rng_state()
-    try_own_optimizer(model, recipe(function))
+    try_own_steps(model, recipe(function), examples())
     assert same_bits(weights(model), before)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters())
@@ -67,7 +67,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("function", "message"), MISTAKES.items())
 def test_one_that_does_not_is_refused_in_a_line(function, message):
     with pytest.raises(ValueError, match=message) as caught:
-        try_own_optimizer(linear(64), recipe(function))
+        try_own_steps(linear(64), recipe(function), examples())
     assert "\n" not in str(caught.value)
     assert f"minimize.optimizer = 'tests.own_optimizers:{function}'" in str(caught.value)
 
@@ -106,7 +106,7 @@ def test_it_is_not_packed():
 
 
 def test_what_a_later_step_raises_is_told_as_a_trial_tells_it():
-    try_own_optimizer(cnn(), recipe("impatient"))
+    try_own_steps(cnn(), recipe("impatient"), examples())
     told = "'tests.own_optimizers:impatient' raised KeyError: 'momentum'; see own_optimizers.py, line .*, in step"
     with pytest.raises(ValueError, match=told):
         minimize(cnn(), examples(80), recipe("impatient"), seed=0)

@@ -17,9 +17,8 @@ from raysubset.training import (
     Shard,
     least_batch,
     load_listener,
-    try_own_loop,
     try_own_objective,
-    try_own_optimizer,
+    try_own_steps,
     try_training,
 )
 from raysubset.training.evaluation import evaluation_mode, predict
@@ -133,14 +132,13 @@ def refuse_unfit_methods(config: Config, full_set: FullSet, model: nn.Module) ->
     if config.minimize.skipping.kind != "none":
         Skipping(config.minimize.skipping, model, task, Shard(), num_steps_per_epoch=1)
         task.watched(outputs, targets)
-    if config.minimize.has_own_optimizer:
-        try_own_optimizer(model, config.minimize)
     if full_set.augmentation:
         with generators_restored(), torch.random.fork_rng(devices=[]):
             full_set.augmentation.try_on(full_set.sample().rows)
     if config.actors.on_step:
         load_listener(config.actors.on_step)
-    if config.minimize.loop and (text := try_own_loop(model, config.minimize, full_set.sample())):
+    has_own_steps = config.minimize.loop is not None or config.minimize.has_own_optimizer
+    if has_own_steps and (text := try_own_steps(model, config.minimize, full_set.sample())):
         notes.append(Note(text))
     if config.minimize.objective:
         try_own_objective(model, config.minimize, full_set.sample())

@@ -21,9 +21,8 @@ from raysubset.training.loop import minimize
 from raysubset.training.memory import minimizing_bytes
 from raysubset.training.optimizers import learning_rate_at
 from raysubset.training.own_listener import Step, listener_of, load_listener
-from raysubset.training.own_loop import starts_over, try_own_loop
+from raysubset.training.own_loop import starts_over
 from raysubset.training.own_objective import try_own_objective
-from raysubset.training.own_optimizer import try_own_optimizer
 from raysubset.training.packed import minimize_packed, why_not_packed
 from raysubset.training.packing import PAYS, try_packing
 from raysubset.training.profiling import profiled
@@ -43,5 +42,5 @@ from raysubset.training.records import (
 from raysubset.training.shards import Shard
 from raysubset.training.statistics import diagonal_fisher, fisher_cost, gram_matrices
 from raysubset.training.techniques import Distillation
-from raysubset.training.trial import Trial, are_probabilities, least_batch, try_training
+from raysubset.training.trial import Trial, are_probabilities, least_batch, try_own_steps, try_training
 from raysubset.training.watching import ValidationWatch

@@ -113,10 +113,12 @@ def minimize(
     num_seen = first_step = 0
 
     def capture() -> dict[str, Any]:
+        with stepping():
+            moments = optimizer.state_dict()
         return {
             **progress.state_dict(),
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": moments,
             "scaler": scaler.state_dict(),
             "loss_sum": loss_sum.item(),
             "num_summed": num_summed,
@@ -157,7 +159,8 @@ def minimize(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if state is not None:
             model.load_state_dict(state["model"])
-            load_optimizer_state(optimizer, state["optimizer"])
+            with stepping():
+                load_optimizer_state(optimizer, state["optimizer"])
             scaler.load_state_dict(state.get("scaler", {}))
             progress.load_state_dict(state)
             first_step = progress.step

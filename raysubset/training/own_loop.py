@@ -20,10 +20,7 @@ from torch import nn
 
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Examples
-from raysubset.errors import listed
-from raysubset.models import copied, generators_restored
 from raysubset.pulse import beat
-from raysubset.training.own_optimizer import through_a_file
 from raysubset.training.records import (
     Cost,
     DivergedError,
@@ -35,9 +32,6 @@ from raysubset.training.records import (
 from raysubset.user_code.functions import in_a_line, load_function, misfit
 
 _FIELD = "minimize.loop"
-_NUM_TRIED = 4  # batches of a trial
-_MOST_TRIED = 16  # examples in each
-_MOST_S = 5.0  # after which on_step() stops a trial's loop
 
 
 @dataclass
@@ -196,76 +190,3 @@ def minimize_by_own_loop(
 def starts_over(recipe: MinimizeConfig, state: dict[str, Any]) -> bool:
     """Return True if the checkpoint of a user's loop has no captured state, so that the loop starts over."""
     return recipe.loop is not None and "loop" not in state
-
-
-def try_own_loop(model: nn.Module, recipe: MinimizeConfig, sample: Examples) -> str | None:
-    """Run the recipe's loop on a copy of the model with some examples, on the CPU; then again, stopped and resumed.
-
-    Returns:
-        A note for the user, if the loop works but cannot resume.
-
-    Raises:
-        ValueError: if the loop fails, never calls on_step(), reports no costs, leaves parameters unchanged, or ends
-            elsewhere when resumed.
-    """
-    reference = str(recipe.loop)
-    size = max(2, min(_MOST_TRIED, recipe.batch_size))
-    examples = sample.select(torch.arange(_NUM_TRIED * size) % len(sample))
-    recipe = replace(recipe, epochs=1.0, batch_size=size, accumulation=1)
-    opaque = "has a capture() that a checkpoint cannot hold: give tensors, numbers, words, lists and dicts"
-    start_s, states = time.perf_counter(), list[dict[str, Any]]()
-
-    def keep_first(progress: Progress) -> bool:
-        if not states:
-            states.append(through_a_file(progress.capture(), misfit(_FIELD, reference, opaque)))
-        return time.perf_counter() - start_s > _MOST_S
-
-    with generators_restored():
-        unbroken = copied(model)
-        result = minimize_by_own_loop(unbroken, examples, recipe, seed=0, on_step=keep_first)
-        if not result.cost.num_forward or not result.cost.num_backward:
-            raise misfit(_FIELD, reference, "reported no costs: let progress.count() count steps, or set progress.cost")
-        _refuse_unmoved(model, unbroken, examples, reference)
-        if starts_over(recipe, states[0]):
-            return f"{reference} sets no progress.capture: if its process dies, a subset's work starts over"
-        calls_after_stop = []
-
-        def stop(progress: Progress) -> bool:
-            calls_after_stop.append(progress)
-            return True
-
-        minimize_by_own_loop(copied(model), examples, recipe, seed=0, on_step=stop)
-        if len(calls_after_stop) > 1:
-            raise misfit(_FIELD, reference, "continued after on_step() had returned True: return then")
-        if result.outcome == "stopped":  # too slow for the trial to reach its end
-            return None
-        resumed = copied(model)
-        minimize_by_own_loop(resumed, examples, recipe, seed=0, state=states[0])
-    if not all(map(torch.equal, unbroken.state_dict().values(), resumed.state_dict().values())):
-        raise misfit(
-            _FIELD,
-            reference,
-            "ends elsewhere when it is resumed from its capture(): draw by progress.seed and the step, return all that "
-            "it remembers from capture(), or set no capture, so that it starts over",
-        )
-    return None
-
-
-def _refuse_unmoved(start: nn.Module, end: nn.Module, examples: Examples, reference: str) -> None:
-    """Refuse a loop that left parameters unchanged although the loss depends on them."""
-    old, new = dict(start.named_parameters()), dict(end.named_parameters())
-    unmoved = [name for name, p in old.items() if p.requires_grad and torch.equal(p, new[name])]
-    if unmoved:
-        network = copied(start).train()
-        inputs, targets = examples.batch(torch.arange(len(examples)), dtype=next(network.parameters()).dtype)
-        with torch.random.fork_rng(devices=[]):
-            examples.task.loss(network(inputs), targets).backward()
-        slopes = {name: p.grad for name, p in network.named_parameters()}
-        unmoved = [name for name in unmoved if (slope := slopes[name]) is not None and bool(slope.any())]
-    if unmoved:
-        raise misfit(
-            _FIELD,
-            reference,
-            f"left {len(unmoved)} of {len(old)} parameters unchanged: {listed(unmoved, most=3)}. Change those of the "
-            "model that it receives; those that should stay have requires_grad=False in the network",
-        )
