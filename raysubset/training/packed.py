@@ -263,7 +263,7 @@ class _Pack:
             member = self.members[number]
             if not have_ended[row] or member.result is not None:
                 continue
-            self._models[number].load_state_dict(self._stack.weights(row))
+            self._stack.weights(row)  # into the member's module
             member.result = MinimizeResult(
                 member.outcome or ("epochs" if member.has_ended else "stopped"),
                 tuple(member.progress.history),

@@ -28,7 +28,7 @@ class Stack:
     def __init__(
         self, models: Sequence[nn.Module], recipe: MinimizeConfig, optimizer_states: Sequence[dict[str, Any] | None]
     ) -> None:
-        """Copy the tensors of members of one architecture on one device; the modules are left alone.
+        """Copy the tensors of members of one architecture on one device. weights() changes the modules.
 
         Args:
             recipe: with the optimizer sgd, adam, adamw or muon.
@@ -42,7 +42,6 @@ class Stack:
         self._sizes = [p.numel() for p in trained]
         self._num_decayed = sum(p.numel() for p in trained if p.ndim > 1)
         self._matrices = [(len(p), p.numel()) for p in trained if p.ndim > 1]  # rows and elements, for muon
-        self._keys = _state_dict_places(first, self._names, self._sizes)
         self._forward = forward_of_all(first)
         self._moment_names = moment_names(recipe)
         self._models = list(models)
@@ -152,24 +151,23 @@ class Stack:
 
     @torch.no_grad()
     def weights(self, row: int) -> dict[str, Tensor]:
-        """Return a copy of a member's state dict."""
-        weights = {}
-        for key, name, columns, shape in self._keys:
-            weights[key] = self._place(row, name, columns).view(shape).detach().clone()
-        return weights
+        """Put a member's tensors into its module, and return a copy of its state dict."""
+        model = self._models[row]
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        parts = dict(zip(self._names, self._now[_WEIGHTS][row].split(self._sizes), strict=True))
+        for name, tensor in named.items():
+            tensor.copy_(parts[name].view(tensor.shape) if name in parts else self._now[name][row])
+        return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
     @torch.no_grad()
     def restart(self, row: int, weights: dict[str, Tensor]) -> None:
         """Give a member these weights, a state dict, and a new optimizer, because the old moments may be NaN."""
-        for key, name, columns, _ in self._keys:
-            place = self._place(row, name, columns)
-            place.copy_(weights[key].reshape(place.shape))
+        self._models[row].load_state_dict(weights)
+        for name, value in self._tensors(self._models[row]).items():
+            self._now[name][row] = value
         for moment in self._moments:
             moment[row] = 0
         self._steps[row], self._rates[row] = 0, self._recipe.peak_learning_rate()
-
-    def _place(self, row: int, name: str, columns: slice | None) -> Tensor:
-        return self._now[name][row] if columns is None else self._now[name][row, columns]
 
     def optimizer_state(self, row: int) -> dict[str, Any]:
         """Return a copy of a member's optimizer state, as torch.optim's own state dict."""
@@ -195,18 +193,3 @@ class Stack:
         self._moments = [moment[index] for moment in self._moments]
         self._models = [self._models[row] for row in rows]
         self._rates, self._steps = [self._rates[row] for row in rows], [self._steps[row] for row in rows]
-
-
-def _state_dict_places(
-    model: nn.Module, names: Sequence[str], sizes: Sequence[int]
-) -> list[tuple[str, str, slice | None, torch.Size]]:
-    """Return for each state-dict entry, ties included: key, name in the stack, weights' columns or None, shape."""
-    places: dict[int, tuple[str, slice | None]] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        places[id(tensor)] = name, None
-    parameters, end = dict(model.named_parameters()), 0
-    for name, size in zip(names, sizes, strict=True):
-        places[id(parameters[name])] = _WEIGHTS, slice(end, end + size)
-        end += size
-    entries = model.state_dict(keep_vars=True).items()
-    return [(key, *places[id(tensor)], tensor.shape) for key, tensor in entries]
