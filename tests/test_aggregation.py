@@ -318,9 +318,11 @@ def test_the_ensemble_is_the_mean_of_predictions():
     one, two = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.6, 0.4]])
     logits = [minimum(0, {}, predictions=one.log() + 3), minimum(1, {}, predictions=two.log() - 5)]
     mean = torch.tensor([[0.4, 0.6]], dtype=torch.float64)
-    torch.testing.assert_close(ensemble_outputs(logits, examples(1)).exp(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ensemble_outputs(logits, examples(1).task).exp(), mean, rtol=1e-6, atol=0)
     outputs = [minimum(0, {}, predictions=one), minimum(1, {}, predictions=two)]
-    torch.testing.assert_close(ensemble_outputs(outputs, examples(1, objective=SQUARED_ERROR)), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ensemble_outputs(outputs, examples(1, objective=SQUARED_ERROR).task), mean, rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(one, torch.tensor([[0.2, 0.8]]))
 
 

@@ -16,14 +16,13 @@ from raysubset.tasks import CrossEntropy, Spec, SquaredError
 from raysubset.training import (
     Cost,
     Metrics,
-    ensemble_sample,
+    ensemble_positions,
     evaluate,
     evaluate_for_ensemble,
     evaluation,
     metrics_of_outputs,
     predict,
     recompute_batch_norm,
-    sampled_outputs,
 )
 from tests.tiny import SQUARED_ERROR, cnn, examples, image_examples, linear, noisy_network, same_bits, weights
 
@@ -265,17 +264,8 @@ def test_where_outputs_are_too_many_an_even_sample_is_kept_of_one_pass_over_all(
     assert len(outputs) == 1203
     monkeypatch.setattr("raysubset.training.evaluation.MOST_SAMPLED_BYTES", 4 * 3 * 100)
     metrics, kept = evaluate_for_ensemble(model, data, recipe)
-    sample = ensemble_sample(data)
+    sample = data.select(ensemble_positions(data))
     assert len(sample) == len(kept) == 100
     torch.testing.assert_close(kept, predict(model, sample, recipe))
     assert metrics.sums == whole.sums
     assert metrics.loss == pytest.approx(whole.loss, rel=1e-6)
-    for num in (1203, 300):  # as members of earlier versions saved, which a resumed run may still have
-        monkeypatch.setattr("raysubset.training.evaluation.MOST_OUTPUT_BYTES", 4 * 3 * num)
-        monkeypatch.setattr("raysubset.training.evaluation.MOST_SAMPLED_BYTES", 4 * 3 * num)
-        _, more = evaluate_for_ensemble(model, data, recipe)
-        assert len(more) == num
-        monkeypatch.setattr("raysubset.training.evaluation.MOST_SAMPLED_BYTES", 4 * 3 * 100)
-        _, kept = evaluate_for_ensemble(model, data, recipe)
-        assert same_bits({"": sampled_outputs(more, data)}, {"": kept})
-        assert same_bits({"": sampled_outputs(kept, data)}, {"": kept})

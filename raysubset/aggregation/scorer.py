@@ -14,7 +14,7 @@ from raysubset.training import (
     Cost,
     Metrics,
     Weights,
-    ensemble_sample,
+    ensemble_positions,
     evaluate,
     metrics_of_outputs,
     recompute_batch_norm,
@@ -61,8 +61,8 @@ class Scorer:
 
     def ensemble(self, minima: Sequence[Minimum]) -> Metrics:
         """Return validation metrics of the members' combined predictions, which they left: there is no forward work."""
-        validation, targets = self._validation, ensemble_sample(self._validation).targets().cpu()
-        return metrics_of_outputs(ensemble_outputs(minima, validation), targets, validation.task)
+        sample = self._validation.select(ensemble_positions(self._validation))
+        return metrics_of_outputs(ensemble_outputs(minima, sample.task), sample.targets().cpu(), sample.task)
 
     def context(self, config: AggregationConfig, *, start: Weights | None, seed: int) -> Context:
         """Return the context that a method receives, with this scorer's score."""

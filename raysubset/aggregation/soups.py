@@ -16,8 +16,8 @@ from raysubset.aggregation.streaming import (
     shares_start,
 )
 from raysubset.config import AggregationConfig
-from raysubset.data import Examples
-from raysubset.training import Metrics, sampled_outputs
+from raysubset.tasks import Task
+from raysubset.training import Metrics
 
 
 def soup_methods(config: AggregationConfig) -> dict[str, Method]:
@@ -116,10 +116,9 @@ def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
     return sorted(minima, key=rank)
 
 
-def ensemble_outputs(minima: Sequence[Minimum], validation: Examples) -> torch.Tensor:
-    """Combine the members' predictions as the task does, float64 [n, …] on ensemble_sample(). It is a reference."""
-    outputs = (sampled_outputs(minimum.load_outputs(), validation) for minimum in minima)
-    return validation.task.combine(output.double() for output in outputs)
+def ensemble_outputs(minima: Sequence[Minimum], task: Task) -> torch.Tensor:
+    """Combine the members' predictions as the task does, float64 [n, …] at ensemble_positions(). It is a reference."""
+    return task.combine(minimum.load_outputs().double() for minimum in minima)
 
 
 def barrier(mean: Metrics, minima: Sequence[Minimum]) -> float:

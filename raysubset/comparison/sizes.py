@@ -15,7 +15,7 @@ from raysubset.models import averaged_names, trainable_names
 from raysubset.planning import Plan
 from raysubset.run_directory import FROZEN_FOLDER, RunDirectory, optimizer_path, weights_path
 from raysubset.run_directory.ledger import Ledger
-from raysubset.training import Weights, ensemble_sample, num_steps_per_epoch
+from raysubset.training import Weights, ensemble_positions, num_steps_per_epoch
 from raysubset.work import Minimizer, Piece, fixed_weights, seeded_model
 
 _WITH_RATES = ("sgd", "adam", "adamw", "muon")
@@ -38,7 +38,7 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
     """
     rounds, num, model = config.rounds, len(plan.subsets), seeded_model(config, full_set)
     weights, names = model.state_dict(), trainable_names(model)
-    shape = (len(ensemble_sample(full_set.examples("validation"))), *full_set.spec.outputs)
+    shape = (len(ensemble_positions(full_set.examples("validation"))), *full_set.spec.outputs)
     recipe, subset = config.minimize, plan.subsets[0].indices
     if recipe.optimizer in _WITH_RATES:  # a tiny rate, so that two steps on few examples cannot diverge
         recipe = replace(recipe, learning_rate=1e-9)

@@ -7,14 +7,12 @@ metrics = evaluate(model, validation, config.stage("subsets"))
 from raysubset.costs import Cost
 from raysubset.training.devices import card_bytes, device_name, peak_bytes, place, use_device
 from raysubset.training.evaluation import (
-    MOST_OUTPUT_BYTES,
-    ensemble_sample,
+    ensemble_positions,
     evaluate,
     evaluate_for_ensemble,
     metrics_of_outputs,
     predict,
     recompute_batch_norm,
-    sampled_outputs,
 )
 from raysubset.training.flops import forward_share
 from raysubset.training.loop import minimize

@@ -18,7 +18,6 @@ from raysubset.models import learning_batch_norms, modes_restored, modules_in_tr
 from raysubset.tasks import Spec, Task, added, sums_of
 from raysubset.training.records import Metrics
 
-MOST_OUTPUT_BYTES = 2**26  # of outputs that are kept at a time
 MOST_SAMPLED_BYTES = 2**20  # of outputs that members save: those of texts and masks would outweigh their weights
 EVALUATION_BATCH = 500  # examples of a forward pass; more does not help a CPU and less does not fill a GPU
 MOST_EVALUATED = 2**25  # numbers in or out of a forward pass: fewer examples, so that a step's memory suffices for it
@@ -65,40 +64,20 @@ def predict(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Tens
     return torch.cat([outputs.cpu() for outputs, _ in _outputs(model, examples, recipe)])
 
 
-def ensemble_sample(examples: Examples) -> Examples:
-    """Return the examples whose outputs members save for their ensemble: all, or evenly spaced ones up to
-    MOST_SAMPLED_BYTES of outputs."""
-    positions = _ensemble_positions(examples)
-    return examples if positions is None else examples.select(positions)
-
-
-def sampled_outputs(outputs: Tensor, examples: Examples) -> Tensor:
-    """Return a member's outputs on ensemble_sample(). Before 2026-11-29 members saved up to MOST_OUTPUT_BYTES."""
-    bytes_each = 4 * examples.task.spec().num_outputs
-    return outputs[_even(len(outputs), MOST_SAMPLED_BYTES // bytes_each)]
-
-
-def _ensemble_positions(examples: Examples) -> Tensor | None:
-    """Return the sampled positions, ascending int64 [n] on the device; None means all."""
-    bytes_each = 4 * examples.task.spec().num_outputs
-    if len(examples) <= max(1, MOST_SAMPLED_BYTES // bytes_each):
-        return None
-    positions = _even(len(examples), MOST_OUTPUT_BYTES // bytes_each)
-    return positions[_even(len(positions), MOST_SAMPLED_BYTES // bytes_each)].to(examples.device)
-
-
-def _even(num: int, most: int) -> Tensor:
-    """Return ascending positions among so many, evenly spaced, int64 [n]: all of them, or the most."""
-    if num <= max(1, most):
-        return torch.arange(num)
-    return torch.linspace(0, num - 1, max(1, most), dtype=torch.float64).long()
+def ensemble_positions(examples: Examples) -> Tensor:
+    """Return the positions, ascending int64 [n], of the examples whose outputs members save for their ensemble: all, or
+    evenly spaced ones up to MOST_SAMPLED_BYTES of outputs."""
+    num, most = len(examples), max(1, MOST_SAMPLED_BYTES // (4 * examples.task.spec().num_outputs))
+    if num <= most:
+        return torch.arange(num, device=examples.device)
+    return torch.linspace(0, num - 1, most, dtype=torch.float64).long().to(examples.device)
 
 
 @torch.no_grad()
 def evaluate_for_ensemble(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> tuple[Metrics, Tensor]:
-    """Return metrics on all examples, and the outputs [n, …] on the CPU of those of ensemble_sample(), in one pass."""
-    task, positions = examples.task, _ensemble_positions(examples)
-    if positions is None:
+    """Return metrics on all examples, and outputs [n, …] on the CPU of those at ensemble_positions(), in one pass."""
+    task, positions = examples.task, ensemble_positions(examples)
+    if len(positions) == len(examples):
         outputs = predict(model, examples, recipe)
         return metrics_of_outputs(outputs, examples.targets().cpu(), task), outputs
     metrics, sampled = _measured(model, examples, recipe, positions)

@@ -13,9 +13,11 @@ from raysubset.data import FullSet
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory, Seal
 from raysubset.run_directory.ledger import Ledger
 from raysubset.tasks import added
-from raysubset.training import MOST_OUTPUT_BYTES, Cost, Metrics, Weights, device_name, metrics_of_outputs, predict
+from raysubset.training import Cost, Metrics, Weights, device_name, metrics_of_outputs, predict
 from raysubset.work.aggregating import placed_model
 from raysubset.work.pieces import TEST_PATH, TestPiece
+
+MOST_OUTPUT_BYTES = 2**26  # of outputs that are kept at a time
 
 
 def leave_test(
