@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -66,38 +65,29 @@ def architecture(config: ModelConfig, spec: Spec) -> ModelConfig:
     return dataclasses.replace(config, name=name)
 
 
-_FIXED: dict[str, Callable[[Spec], nn.Module]] = {
-    "lenet5": small.lenet5,
-    "alexnet_32": cifar.alexnet_32,
-    "vgg11_32": partial(cifar.vgg_32, 11),
-    "vgg16_32": partial(cifar.vgg_32, 16),
-    "resnet18_32": cifar.resnet18_32,
-}
-_SIZED: dict[str, Callable[[Spec, int, int], nn.Module]] = {
-    "mlp": small.mlp,
-    "lstm": tokens.LSTM,
-    "transformer": tokens.Transformer,
-}
-_NORMED: dict[str, Callable[[Spec, int, int, str], nn.Module]] = {
-    "cnn": small.cnn,
-    "vgg": small.vgg,
-    "cifar_resnet": small.CifarResNet,
-    "unet": small.UNet,
+_NETWORKS: dict[str, Callable[[Spec, ModelConfig], nn.Module]] = {
+    "cnn": lambda spec, config: small.cnn(spec, *config.size(), config.norm),
+    "vgg": lambda spec, config: small.vgg(spec, *config.size(), config.norm),
+    "cifar_resnet": lambda spec, config: small.CifarResNet(spec, *config.size(), config.norm),
+    "unet": lambda spec, config: small.UNet(spec, *config.size(), config.norm),
+    "lenet5": lambda spec, _: small.lenet5(spec),
+    "alexnet_32": lambda spec, _: cifar.alexnet_32(spec),
+    "vgg11_32": lambda spec, _: cifar.vgg_32(11, spec),
+    "vgg16_32": lambda spec, _: cifar.vgg_32(16, spec),
+    "resnet18_32": lambda spec, _: cifar.resnet18_32(spec),
+    "mlp": lambda spec, config: small.mlp(spec, *config.size()),
+    "lstm": lambda spec, config: tokens.LSTM(spec, *config.size()),
+    "transformer": lambda spec, config: tokens.Transformer(spec, *config.size()),
 }
 
 
 def _named_network(config: ModelConfig, spec: Spec) -> nn.Module:
     """Build one of this package's or torchvision's networks."""
     name = config.name
-    is_own = name in (*_FIXED, *_SIZED, *_NORMED)
-    if not is_own:
-        torchvision.check_name(name, (*_NORMED, *_FIXED, *_SIZED))
+    if name not in _NETWORKS:
+        torchvision.check_name(name, tuple(_NETWORKS))
     _refuse_other_inputs(name, spec)
-    if name in _NORMED:
-        return _NORMED[name](spec, *config.size(), config.norm)
-    if name in _SIZED:
-        return _SIZED[name](spec, *config.size())
-    return _FIXED[name](spec) if is_own else torchvision.network(name, spec)
+    return _NETWORKS[name](spec, config) if name in _NETWORKS else torchvision.network(name, spec)
 
 
 def _refuse_other_inputs(name: str, spec: Spec) -> None:

@@ -19,6 +19,10 @@ ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4  # of the peak (torch's OneCycleLR
 def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optimizer:
     """Build the recipe's optimizer. Weight decay spares biases and normalisation parameters (tensors of one dimension).
 
+    All moments are zero from the beginning. Steps may leave parameters out (layers dropped at random, mixtures of
+    experts), and torch's fused SGD refuses a group in which some parameters have a momentum and others get their first
+    gradient. Members whose states hold different parameters would have no mean.
+
     Whole-subset optimizers are not among them: training.whole_subset makes their steps.
     """
     if recipe.has_own_optimizer:
@@ -42,7 +46,12 @@ def make_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Opti
             optimizer = Muon(groups, lr=rate, momentum=recipe.momentum)
         case _:
             raise AssertionError(f"training.whole_subset makes the steps of {recipe.optimizer}")
-    return _with_all_moments(optimizer, moment_names(recipe))
+    names = moment_names(recipe)
+    for parameter in parameters if names else ():
+        optimizer.state[parameter] = {name: torch.zeros_like(parameter, requires_grad=False) for name in names}
+        if "exp_avg" in names:
+            optimizer.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return optimizer
 
 
 def moment_names(recipe: MinimizeConfig) -> tuple[str, ...]:
@@ -52,40 +61,15 @@ def moment_names(recipe: MinimizeConfig) -> tuple[str, ...]:
     return ("momentum_buffer",) if recipe.momentum else ()
 
 
-def _with_all_moments(optimizer: torch.optim.Optimizer, names: tuple[str, ...]) -> torch.optim.Optimizer:
-    """Let the first step give zero moments to every parameter that has none, as a parameter's own first step would.
-
-    Steps may leave parameters out: layers dropped at random, mixtures of experts. torch's fused SGD refuses a group in
-    which some parameters have a momentum and others get their first gradient. Members whose states hold different
-    parameters have no mean.
-    """
-    if not names:
-        return optimizer
-    has_begun = False
-
-    def begin(*_: object) -> None:
-        nonlocal has_begun
-        if has_begun:
-            return
-        has_begun = True
-        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-            state = optimizer.state[parameter]
-            for name in names:
-                if state.get(name) is None:
-                    state[name] = torch.zeros_like(parameter, requires_grad=False)
-            if "exp_avg" in names:
-                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
-
-    optimizer.register_step_pre_hook(begin)
-    return optimizer
-
-
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a state dict, with the moments in the memory layout of their parameters.
+    """Load a state dict into a new optimizer, with the moments in the memory layout of their parameters.
 
     The CPU's fused kernels walk through memory whatever the strides, and would mix up a state saved in another layout.
     """
+    initial = dict(optimizer.state)
     optimizer.load_state_dict(state)
+    for parameter, moments in initial.items():
+        optimizer.state[parameter] = moments | optimizer.state[parameter]  # steps may have left the parameter out
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():

@@ -68,14 +68,9 @@ class Stack:
         optimizer = make_optimizer(self._models[row], self._recipe)
         if state is not None:
             load_optimizer_state(optimizer, state)
-        pairs = [(p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"]]
-        moments = pairs[0][1]
-        self._steps[row] = int(moments.get("step", bool(moments)))  # sgd keeps no count: 1 stands for any
-        zero = torch.zeros((), device=pairs[0][0].device, dtype=pairs[0][0].dtype)
-        return [
-            torch.cat([moments.get(name, zero.expand(p.shape)).flatten() for p, moments in pairs])
-            for name in self._moment_names
-        ]
+        moments = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+        self._steps[row] = int(moments[0].get("step", 0))  # adam's
+        return [torch.cat([values[name].flatten() for values in moments]) for name in self._moment_names]
 
     # Steps
 
@@ -171,17 +166,16 @@ class Stack:
 
     def optimizer_state(self, row: int) -> dict[str, Any]:
         """Return a copy of a member's optimizer state, as torch.optim's own state dict."""
-        optimizer, step = make_optimizer(self._models[row], self._recipe), self._steps[row]
+        optimizer = make_optimizer(self._models[row], self._recipe)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for group in optimizer.param_groups:
             group["lr"] = self._rates[row]
-        if step and self._moments:
-            for name, moment in zip(self._moment_names, self._moments, strict=True):
-                for p, part in zip(parameters, moment[row].split(self._sizes), strict=True):
-                    optimizer.state[p][name] = torch.empty_like(p, requires_grad=False).copy_(part.view(p.shape))
-            if "exp_avg" in self._moment_names:
-                for p in parameters:
-                    optimizer.state[p]["step"] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
+        for name, moment in zip(self._moment_names, self._moments, strict=True):
+            for p, part in zip(parameters, moment[row].split(self._sizes), strict=True):
+                optimizer.state[p][name].copy_(part.view(p.shape))
+        if "exp_avg" in self._moment_names:
+            for p in parameters:
+                optimizer.state[p]["step"].fill_(self._steps[row])
         return optimizer.state_dict()
 
     @torch.no_grad()
