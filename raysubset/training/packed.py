@@ -92,7 +92,7 @@ def minimize_packed(
     pack = _Pack(models, examples, recipe, seeds, states, optimizer_states)
     while pack.running:
         pack.step(schedule_span)
-        stop = bool(on_step and on_step(pack.progress()))
+        stop = bool(on_step and on_step({m.number: m.progress for m in pack.running if m.result is None}))
         pack.end_finished(stop=stop)
     if examples[0].device.type == "cuda":
         torch.cuda.synchronize(examples[0].device)
@@ -100,13 +100,16 @@ def minimize_packed(
 
 
 class _Member:
-    """The state of one member; its weights are a row of the stack."""
+    """The state of one member; its weights are a row of the stack while it runs."""
 
-    def __init__(self, examples: Examples, recipe: MinimizeConfig, *, seed: int, state: dict[str, Any] | None) -> None:
-        self.num_per_epoch = num_steps_per_epoch(len(examples), recipe)
+    def __init__(
+        self, number: int, first: int, examples: Examples, recipe: MinimizeConfig, seed: int, state: Any | None
+    ) -> None:
+        num_per_epoch = num_steps_per_epoch(len(examples), recipe)
+        self.number, self.first = number, first  # and the position of its first example in the joint ones
         self.examples, self.seed = examples, seed
-        self.batch_sizes = even_sizes(len(examples), self.num_per_epoch)
-        self.progress = Progress(max(1, round(recipe.epochs * self.num_per_epoch)), self.num_per_epoch)
+        self.batch_sizes = even_sizes(len(examples), num_per_epoch)
+        self.progress = Progress(max(1, round(recipe.epochs * num_per_epoch)), num_per_epoch)
         self.batches: Sequence[Tensor] = ()  # of the epoch: positions in the joint examples
         self.num_summed = 0  # examples in the loss sum
         self.best: dict[str, Any] = {}  # the least loss of an epoch, and "model", its weights
@@ -120,7 +123,7 @@ class _Member:
 
     @property
     def batch_size(self) -> int:
-        return self.batch_sizes[self.progress.step % self.num_per_epoch]
+        return self.batch_sizes[self.progress.step % len(self.batch_sizes)]
 
     @property
     def has_ended(self) -> bool:
@@ -139,52 +142,40 @@ class _Pack:
         states: Sequence[dict[str, Any] | None] | None,
         optimizer_states: Sequence[dict[str, Any] | None] | None,
     ) -> None:
-        num, self._recipe, self._models = len(models), recipe, models
-        self._last_at = time.perf_counter()
-        states, initial_states = list(states or [None] * num), list(optimizer_states or [None] * num)
-        for model, state in zip(models, states, strict=True):
+        self._recipe, self._last_at = recipe, time.perf_counter()
+        states, initial_states = states or [None] * len(models), optimizer_states or [None] * len(models)
+        self.members, first = list[_Member](), 0
+        for model, member_examples, seed, state in zip(models, examples, seeds, states, strict=True):
             model.train()
             if state is not None:
                 model.load_state_dict(state["model"])
-        optimizers = [initial_states[i] if state is None else state["optimizer"] for i, state in enumerate(states)]
-        self.members = [
-            _Member(member_examples, recipe, seed=seed, state=state)
-            for member_examples, seed, state in zip(examples, seeds, states, strict=True)
-        ]
+            self.members.append(_Member(len(self.members), first, member_examples, recipe, seed, state))
+            first += len(member_examples)
+        optimizers = [s["optimizer"] if s else initial for s, initial in zip(states, initial_states, strict=True)]
+        self.running = list(self.members)  # in order of the stack's rows
         self._joint = joined(examples)
-        self._first_positions = [sum(len(member_examples) for member_examples in examples[:i]) for i in range(num)]
-        draws = [member_examples.draw(0) for member_examples in examples]
-        self._draws = None if draws[0] is None else torch.cat([d for d in draws if d is not None])
+        draws = [draw for member_examples in examples if (draw := member_examples.draw(0)) is not None]
+        self._draws = torch.cat(draws) if draws else None
         self._stack = Stack(models, recipe, optimizers)
-        device, dtype = examples[0].device, next(models[0].parameters()).dtype
-        self._dtype = dtype
-        self._precision: AbstractContextManager[object] = mixed_precision(device, dtype, recipe.precision)
+        device, self._dtype = examples[0].device, next(models[0].parameters()).dtype
+        self._precision: AbstractContextManager[object] = mixed_precision(device, self._dtype, recipe.precision)
         sums = [0.0 if state is None else state["loss_sum"] for state in states]
-        self._loss_sums = torch.tensor(sums, dtype=widest_dtype(device)).to(device)
-        self.running = list(range(num))  # numbers of members, in order of the stack's rows
-        for number, member in enumerate(self.members):
-            member.progress.capture = partial(self._capture, number)
+        self._loss_sums = torch.tensor(sums, dtype=widest_dtype(device)).to(device)  # by member's number
+        for member in self.members:
+            member.progress.capture = partial(self._capture, member)
         self.end_finished(stop=False)
-
-    def progress(self) -> dict[int, Progress]:
-        """Return the progress of the members in the stack, except those that diverged at once."""
-        return {number: self.members[number].progress for number in self.running if not self.members[number].result}
 
     def step(self, schedule_span: tuple[float, float]) -> None:
         """Make one step of every running member."""
-        members = [self.members[number] for number in self.running]
-        progresses = [member.progress for member in members]
+        progresses = [member.progress for member in self.running]
         rates = [learning_rate_at(self._recipe, p.step, num_steps=p.num_steps, span=schedule_span) for p in progresses]
-        rows_of: dict[int, list[int]] = {}
-        for row, member in enumerate(members):
-            rows_of.setdefault(member.batch_size, []).append(row)
-        for size, rows in rows_of.items():
-            self._forward_and_backward(rows, size)
+        sizes = [member.batch_size for member in self.running]
+        for size in dict.fromkeys(sizes):
+            self._forward_and_backward([row for row, row_size in enumerate(sizes) if row_size == size], size)
         self._stack.update(rates)
         now = time.perf_counter()
-        share_s, self._last_at = (now - self._last_at) / len(members), now
-        for member in members:
-            size = member.batch_size
+        share_s, self._last_at = (now - self._last_at) / len(self.running), now
+        for member, size in zip(self.running, sizes, strict=True):
             member.num_summed += size
             member.progress.step += 1
             member.progress.cost += Cost(size, size, 1, share_s)
@@ -210,78 +201,72 @@ class _Pack:
         targets = targets.unflatten(0, (size, len(rows)))
         losses = vmap(self._joint.task.loss, in_dims=1)(widened(outputs), targets)
         losses.backward(torch.full_like(losses, 1 / size))
-        numbers = placed([self.running[row] for row in rows], losses.device)
+        numbers = placed([self.running[row].number for row in rows], losses.device)
         # a new tensor, because other threads read Progress.summed
         self._loss_sums = self._loss_sums.index_add(0, numbers, losses.detach().to(self._loss_sums.dtype))
 
-    def _next_batch(self, number: int) -> Tensor:
+    def _next_batch(self, member: _Member) -> Tensor:
         """Return positions in the joint examples, int64 [n], drawn at an epoch's beginning and after a resume."""
-        member, first = self.members[number], self._first_positions[number]
-        epoch, batch = divmod(member.progress.step, member.num_per_epoch)
+        epoch, batch = divmod(member.progress.step, len(member.batch_sizes))
         if not member.batches or batch == 0:
             order = member.examples.order(derive_seed(member.seed, "order", epoch))
-            member.batches = (order + first).split(member.batch_sizes)
+            member.batches = (order + member.first).split(member.batch_sizes)
             draws = member.examples.draw(derive_seed(member.seed, "augmentation", epoch))
             if draws is not None and self._draws is not None:
-                self._draws[first : first + len(draws)] = draws
+                self._draws[member.first : member.first + len(draws)] = draws
         return member.batches[batch]
 
     def _end_epochs(self, rates: Sequence[float]) -> None:
         """End the epoch of members at its end: add to the history, keep the best weights, and check for an outcome."""
-        for number in self.running:
-            progress, steps_per_epoch = self.members[number].progress, self.members[number].num_per_epoch
-            progress.epoch_ended = progress.step % steps_per_epoch == 0 or progress.step == progress.num_steps
-        ended_rows = [row for row, number in enumerate(self.running) if self.members[number].progress.epoch_ended]
-        sums = self._loss_sums.tolist() if ended_rows else []
-        are_finite = self._stack.are_finite() if ended_rows else []
-        if ended_rows:
+        for member in self.running:
+            step, num_steps = member.progress.step, member.progress.num_steps
+            member.progress.epoch_ended = step % len(member.batch_sizes) == 0 or step == num_steps
+        if any(member.progress.epoch_ended for member in self.running):
+            sums, are_finite = self._loss_sums.tolist(), self._stack.are_finite()
             self._loss_sums = self._loss_sums.clone()
-        for row in ended_rows:
-            number = self.running[row]
-            member, progress = self.members[number], self.members[number].progress
-            mean = sums[number] / member.num_summed if are_finite[row] else math.nan
-            progress.record_epoch(mean, rates[row])
-            member.num_summed, self._loss_sums[number] = 0, 0
-            member.outcome = reached(self._recipe, progress)
-            if member.outcome == "diverged":
-                if member.best:
-                    self._stack.restart(row, member.best["model"])
-                else:
-                    member.result = diverged_at_once(mean, self._recipe)
-            elif not member.best or mean < member.best["loss"]:
-                member.best = {"loss": mean, "model": self._stack.weights(row)}
+            for row, member in enumerate(self.running):
+                if member.progress.epoch_ended:
+                    mean = sums[member.number] / member.num_summed if are_finite[row] else math.nan
+                    member.progress.record_epoch(mean, rates[row])
+                    member.num_summed, self._loss_sums[member.number] = 0, 0
+                    self._judge(row, member, mean)
         totals = self._loss_sums.unbind()
-        for number in self.running:
-            self.members[number].progress.summed = (totals[number], self.members[number].num_summed)
+        for member in self.running:
+            member.progress.summed = totals[member.number], member.num_summed
+
+    def _judge(self, row: int, member: _Member, mean: float) -> None:
+        """Set a member's outcome by its epoch's mean loss; keep its best weights, or restore them if it diverged."""
+        member.outcome = reached(self._recipe, member.progress)
+        if member.outcome != "diverged":
+            if not member.best or mean < member.best["loss"]:
+                member.best = {"loss": mean, "model": self._stack.weights(row)}
+        elif member.best:
+            self._stack.restart(row, member.best["model"])
+        else:
+            member.result = diverged_at_once(mean, self._recipe)
 
     def end_finished(self, *, stop: bool) -> None:
         """Give each member that has ended its result, with `stop` all members; the others stay in the stack."""
-        have_ended = [stop or self.members[number].has_ended for number in self.running]
-        if not any(have_ended):
+        rows = [row for row, member in enumerate(self.running) if not (stop or member.has_ended)]
+        if len(rows) == len(self.running):
             return
-        for row, number in enumerate(self.running):
-            member = self.members[number]
-            if not have_ended[row] or member.result is not None:
-                continue
-            self._stack.weights(row)  # into the member's module
-            member.result = MinimizeResult(
-                member.outcome or ("epochs" if member.has_ended else "stopped"),
-                tuple(member.progress.history),
-                member.progress.cost,
-                self._stack.optimizer_state(row),
-            )
-        rows = [row for row, has_ended in enumerate(have_ended) if not has_ended]
+        for row, member in enumerate(self.running):
+            if row not in rows and member.result is None:
+                self._stack.weights(row)  # into the member's module
+                outcome = member.outcome or ("epochs" if member.has_ended else "stopped")
+                history, state = tuple(member.progress.history), self._stack.optimizer_state(row)
+                member.result = MinimizeResult(outcome, history, member.progress.cost, state)
         self.running = [self.running[row] for row in rows]
         self._stack.keep(rows)
 
-    def _capture(self, number: int) -> dict[str, Any]:
+    def _capture(self, member: _Member) -> dict[str, Any]:
         """Return the state of a running member, in minimize()'s format."""
-        member, row = self.members[number], self.running.index(number)
+        row = self.running.index(member)
         return {
             **member.progress.state_dict(),
             "model": self._stack.weights(row),
             "optimizer": self._stack.optimizer_state(row),
-            "loss_sum": self._loss_sums[number].item(),
+            "loss_sum": self._loss_sums[member.number].item(),
             "num_summed": member.num_summed,
             "best": member.best,
             "techniques": {},  # no technique is packed
