@@ -1,7 +1,7 @@
 """Losses, metrics and batch-norm statistics of a model on examples: forward work only."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -119,7 +119,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
+def recompute_batch_norm(
+    model: nn.Module,
+    examples: Batches,
+    recipe: MinimizeConfig,
+    *,
+    num_sampled: int | None = None,
+    seed: int = STATISTICS_SEED,
+) -> int:
     """Set running statistics to the mean over batches of these examples, as a mean of weights needs (SWA, §3.2).
 
     Weights that were trained on augmented batches need the statistics of augmented batches: those of CIFAR-10's images
@@ -129,28 +136,23 @@ def recompute_batch_norm(model: nn.Module, examples: Batches, recipe: MinimizeCo
     Args:
         model: changed in place; its mode is left as it was.
         examples: passed in batches of nearly equal size, about evaluation_batch(), augmented if their epochs are.
+        num_sampled: pass so many of them, drawn at random, instead of all.
+        seed: of the sample and the augmentation.
 
     Returns:
         The number of examples passed forward: 0 if the model keeps no running statistics.
     """
-    sizes = even_sizes(len(examples), math.ceil(len(examples) / evaluation_batch(examples.task.spec())))
-    dtype = next(model.parameters()).dtype
-    options: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype}
-    if examples.is_augmented:
-        seeds = {"order_seed": STATISTICS_SEED, "augmentation_seed": STATISTICS_SEED}
-        batches = examples.epoch(batch_sizes=sizes, **seeds, **options)
-    else:
-        batches = examples.in_order(sizes, **options)
-    return set_running_statistics(model, (inputs for inputs, _ in batches))
-
-
-def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Do the work of recompute_batch_norm() with batches of inputs; none is drawn if there are no statistics."""
     _iterate_spectral_norms(model)
     layers = learning_batch_norms(model)
     if not layers:
         return 0
-    num_forward = 0
+    num = num_sampled or len(examples)
+    sizes = even_sizes(num, math.ceil(num / evaluation_batch(examples.task.spec())))
+    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": next(model.parameters()).dtype}
+    if num_sampled or examples.is_augmented:
+        batches = examples.epoch(batch_sizes=sizes, order_seed=seed, augmentation_seed=seed, **layout)
+    else:
+        batches = examples.in_order(sizes, **layout)
     momenta = [layer.momentum for layer in layers]
     counters = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
     counts = [counter.clone() for counter in counters]
@@ -158,14 +160,13 @@ def set_running_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
         for layer in layers:
             _start_cumulative_mean(layer)
             layer.train()
-        for images in batches:
-            model(images)
-            num_forward += len(images)
+        for inputs, _ in batches:
+            model(inputs)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
     for counter, count in zip(counters, counts, strict=True):
         counter.copy_(count)
-    return num_forward
+    return num
 
 
 def _start_cumulative_mean(layer: _BatchNorm) -> None:

@@ -188,7 +188,7 @@ def minimize(
                 )
             _seed_noise(device, derive_seed(seed, "noise", shard.rank, progress.step))
             if objective is not None:
-                objective.seed(derive_seed(seed, "objective", shard.rank, progress.step))
+                objective.generator.manual_seed(derive_seed(seed, "objective", shard.rank, progress.step))
             rate = learning_rate_at(recipe, progress.step, num_steps=progress.num_steps, span=schedule_span)
             rate *= techniques.rate_scale
             for group, share in zip(optimizer.param_groups, shares, strict=True):

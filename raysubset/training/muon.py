@@ -18,11 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # singular values soon lie between 0.68 and 1.14, if not at 1
+_COEFFICIENTS = 3.4445, -4.7750, 2.0315  # singular values soon lie between 0.68 and 1.14, if not at 1
 _NUM_ITERATIONS = 5
 _LEAST_NORM = 1e-7
 REST_FACTOR = 2.0  # of the learning rate, for parameters that are not matrices

@@ -29,17 +29,14 @@ class OwnObjective:
     """Calls the user's function, and counts the examples that it passes forward beyond a batch's own.
 
     Attributes:
+        generator: of the function's draws, to be seeded before each step.
         num_extra: examples passed through the whole network beyond one pass of each, by this process.
     """
 
     def __init__(self, reference: str, device: torch.device) -> None:
-        self._reference, self._generator = reference, torch.Generator(device)
+        self._reference, self.generator = reference, torch.Generator(device)
         self._function = load_function(_FIELD, reference)
         self.num_extra = 0
-
-    def seed(self, seed: int) -> None:
-        """Seed the draws of the next calls."""
-        self._generator.manual_seed(seed)
 
     def __call__(self, model: object, inputs: Tensor, targets: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Return (the summed loss in float32, the outputs).
@@ -57,7 +54,7 @@ class OwnObjective:
         hook = model.register_forward_pre_hook(count, with_kwargs=True)
         try:
             with in_a_line(_FIELD, self._reference):
-                pair = self._function(model, inputs, targets, task, self._generator)
+                pair = self._function(model, inputs, targets, task, self.generator)
         finally:
             hook.remove()
         self.num_extra += max(0, num_passed - len(inputs))
@@ -71,22 +68,22 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
     Raises:
         ValueError: if it raises anything, or does not return a summed loss and outputs that fit.
     """
-    reference, task = str(recipe.objective), sample.task
-    network = copied(model).train()
+    reference, network = str(recipe.objective), copied(model).train()
     dtype = next(network.parameters()).dtype
     indices = torch.arange(_NUM_TRIED) % len(sample)
     inputs, targets = sample.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
-    function, generator = load_function(_FIELD, reference), torch.Generator()
-    precision = mixed_precision(inputs.device, dtype, recipe.precision)
+    objective, precision = (
+        OwnObjective(reference, inputs.device),
+        mixed_precision(inputs.device, dtype, recipe.precision),
+    )
 
     def loss_of(inputs: Tensor, targets: Tensor) -> float:
         total = 0.0
         for draw in range(_NUM_DRAWS):
-            generator.manual_seed(draw)
+            objective.generator.manual_seed(draw)
             torch.manual_seed(draw)
-            with in_a_line(_FIELD, reference), precision:
-                pair = function(network, inputs, targets, task, generator)
-            total += _checked(pair, len(inputs), task, reference)[0].item()
+            with precision:
+                total += objective(network, inputs, targets, sample.task)[0].item()
         return total
 
     with generators_restored(), torch.random.fork_rng(devices=[]):
@@ -94,8 +91,9 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
         double_loss = loss_of(torch.cat([inputs, inputs]), torch.cat([targets, targets]))
         network.eval()  # without dropout, and without statistics of the batch
         whole_loss = parts_loss = loss_of(inputs, targets)
-        states, undrawn = (generator.get_state(), torch.get_rng_state()), torch.Generator().manual_seed(_NUM_DRAWS - 1)
-        if recipe.accumulation > 1 and all(torch.equal(state, undrawn.get_state()) for state in states):
+        states = objective.generator.get_state(), torch.get_rng_state()
+        undrawn = torch.Generator().manual_seed(_NUM_DRAWS - 1).get_state()
+        if recipe.accumulation > 1 and all(torch.equal(state, undrawn) for state in states):
             halves = zip(inputs.tensor_split(2), targets.tensor_split(2), strict=True)
             parts_loss = sum(loss_of(*half) for half in halves)
     if math.isfinite(single_loss) and single_loss and double_loss / single_loss < math.sqrt(2):

@@ -1,14 +1,13 @@
 """Techniques: the hooks by which the training loop calls the techniques that a recipe has."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig, derive_seed
-from raysubset.data import Batches, even_sizes
-from raysubset.training.evaluation import evaluation_batch, set_running_statistics
+from raysubset.data import Batches
+from raysubset.training.evaluation import recompute_batch_norm
 from raysubset.training.records import Progress
 from raysubset.training.shards import Shard
 from raysubset.training.techniques.averaging import Averaging
@@ -101,15 +100,9 @@ class Techniques:
         """
         if self._averaging and self._averaging.end_epoch(step, last=last):
             num = min(BATCH_NORM_EXAMPLES if last else PASSING_EXAMPLES, len(self._examples))
-            seed, size = derive_seed(self._seed, "batch_norm"), evaluation_batch(self._examples.task.spec())
-            batches = self._examples.epoch(
-                order_seed=seed,
-                augmentation_seed=seed,
-                batch_sizes=even_sizes(num, math.ceil(num / size)),
-                channels_last=self._recipe.channels_last,
-                dtype=next(self._model.parameters()).dtype,
-            )
-            self.num_forward += self._shard.num * set_running_statistics(self._model, (inputs for inputs, _ in batches))
+            seed = derive_seed(self._seed, "batch_norm")
+            num = recompute_batch_norm(self._model, self._examples, self._recipe, num_sampled=num, seed=seed)
+            self.num_forward += self._shard.num * num
 
     def close(self) -> None:
         """Thaw frozen weights, so that all parameters of the model learn."""
