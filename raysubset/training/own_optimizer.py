@@ -20,29 +20,27 @@ def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optim
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = call_function(_FIELD, recipe.optimizer, list(named.values()), recipe)
+    if flaw := _flaw(optimizer, named):
+        raise misfit(_FIELD, recipe.optimizer, flaw)
+    return optimizer
+
+
+def _flaw(optimizer: object, named: dict[str, nn.Parameter]) -> str | None:
+    """Return what is wrong with the optimizer of the named parameters, and the way out; None if nothing is."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise misfit(
-            _FIELD, recipe.optimizer, f"returned a {type(optimizer).__name__}: it should return a torch.optim.Optimizer"
-        )
-    grouped = [p for group in optimizer.param_groups for p in group["params"]]
-    missing = [name for name, p in named.items() if not any(p is q for q in grouped)]
+        return f"returned a {type(optimizer).__name__}: it should return a torch.optim.Optimizer"
+    grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in named.items() if id(p) not in grouped]
     if missing:
-        raise misfit(
-            _FIELD,
-            recipe.optimizer,
-            f"left {len(missing)} of {len(named)} parameters out of its groups: {listed(missing, most=3)}. Give "
-            "it all of them; those that should stay have requires_grad=False in the network",
-        )
+        names = listed(missing, most=3)
+        text = f"left {len(missing)} of {len(named)} parameters out of its groups: {names}. Give it all of them; those"
+        return f"{text} that should stay have requires_grad=False in the network"
     if len(grouped) > len(named):
-        raise misfit(_FIELD, recipe.optimizer, "has parameters in its groups that it did not receive")
+        return "has parameters in its groups that it did not receive"
     rates = [group.get("lr") for group in optimizer.param_groups]
     if not all(isinstance(rate, numbers.Real | Tensor) and float(rate) >= 0 for rate in rates) or not any(rates):
-        raise misfit(
-            _FIELD,
-            recipe.optimizer,
-            f"has groups of lr {', '.join(map(str, rates))}: give it one that the schedule can scale",
-        )
-    return optimizer
+        return f"has groups of lr {', '.join(map(str, rates))}: give it one that the schedule can scale"
+    return None
 
 
 def rates_of_groups(optimizer: torch.optim.Optimizer) -> tuple[float, list[float]]:

@@ -3,8 +3,7 @@
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -30,19 +29,9 @@ class PackingTrial:
     num_members: int
     single_s: float  # a step of one member, in the fastest repeat
     packed_s: float  # a step of all members, likewise
+    ratio: float  # the time of a packed step as a share of that of as many single steps
+    pays: bool
     cost: Cost  # of the trial itself
-
-    @property
-    def ratio(self) -> float:
-        """The time of a packed step as a share of that of as many single steps."""
-        return self.packed_s / (self.num_members * self.single_s)
-
-    @property
-    def pays(self) -> bool:
-        return self.ratio < PAYS
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratio": self.ratio, "pays": self.pays}
 
 
 def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], recipe: MinimizeConfig) -> PackingTrial:
@@ -79,7 +68,8 @@ def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], recip
         for member_result in results:
             if not isinstance(member_result, Exception):
                 total += member_result.cost
-    return PackingTrial(len(models), min(singles), min(packs), total)
+    ratio = min(packs) / (len(models) * min(singles))
+    return PackingTrial(len(models), min(singles), min(packs), ratio, ratio < PAYS, total)
 
 
 class _Watch:

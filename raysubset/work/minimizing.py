@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -213,7 +213,7 @@ class Minimizer:
                 examples, recipe = [_held(member[1]) for member in members], self._config.stage(piece.pieces[0].stage)
                 try:
                     trial = try_packing([model for model, _ in members], examples, recipe)
-                    cost, record = trial.cost, trial.to_dict()
+                    cost, record = trial.cost, asdict(trial)
                 except ValueError as error:
                     record = {"refused": str(error)}
                 close(replace(cost, device_s=time.perf_counter() - self._started))
