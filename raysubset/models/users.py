@@ -24,7 +24,11 @@ def users_network(name: str, spec: Spec) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}; it should return an nn.Module")
     model.to("cpu")
-    _refuse_complex(name, model)
+    if (key := next((key for key, parameter in model.named_parameters() if parameter.is_complex()), None)) is not None:
+        raise ValueError(  # optimizers, means and statistics here are of real numbers
+            f"{name}: parameter {key} is complex; hold real and imaginary parts as one real parameter [..., 2] and use "
+            "torch.view_as_complex in forward()"
+        )
     model._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor).eval()
     _try_evaluation(name, model, spec)
     if not num_parameters(model):
@@ -63,16 +67,6 @@ def _arguments(name: str, function: Callable[..., Any], spec: Spec) -> tuple[Any
             f"{list(spec.outputs)} an example: write it as a function of one argument, a raysubset.tasks.Spec"
         )
     return (*spec.outputs, spec.inputs)
-
-
-def _refuse_complex(name: str, model: nn.Module) -> None:
-    """Raise a ValueError for complex parameters: optimizers, means and statistics here are of real numbers."""
-    for key, parameter in model.named_parameters():
-        if parameter.is_complex():
-            raise ValueError(
-                f"{name}: parameter {key} is complex; hold real and imaginary parts as one real parameter [..., 2] and "
-                "use torch.view_as_complex in forward()"
-            )
 
 
 def needs_default_layout(model: nn.Module) -> bool:
@@ -153,22 +147,16 @@ def _check_outputs(name: str, outputs: Any, num: int, spec: Spec, when: str) -> 
     """Raise a ValueError unless outputs are float [num, *spec.outputs]."""
     shape = ", ".join(map(str, spec.outputs))
     if not isinstance(outputs, Tensor):
-        raise ValueError(
-            f"{name} gave a {type(outputs).__name__}{when}; it should give outputs [N, {shape}]"
-            + (
-                ", as it does in evaluation mode: leave its auxiliary heads out, or wrap it"
-                if when
-                else ": join several by torch.cat, which the loss() of a task of your own takes apart"
-            )
-        )
+        hint = "join several by torch.cat, which the loss() of a task of your own takes apart"
+        if when:
+            hint = "as it does in evaluation mode: leave its auxiliary heads out, or wrap it"
+        raise ValueError(f"{name} gave a {type(outputs).__name__}{when}; it should give outputs [N, {shape}]: {hint}")
     if outputs.shape != (num, *spec.outputs) or not outputs.is_floating_point():
         actual = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
-        examples = f"two {_kind(spec)}s" if num == 2 else f"one {_kind(spec)}"
-        hint = ""
+        examples, hint = f"two {_kind(spec)}s" if num == 2 else f"one {_kind(spec)}", ""
         if num == 1 and outputs.ndim < 1 + len(spec.outputs):
             hint = ": squeeze() drops the dimension of the batch too, flatten(1) does not"
         elif outputs.shape[1:] != spec.outputs and sorted(outputs.shape[1:]) == sorted(spec.outputs):
             hint = ": those dimensions are in another order, put it right by permute()"
-        raise ValueError(
-            f"{name} gave {actual} for {examples}{when}; it should give float outputs [{num}, {shape}]{hint}"
-        )
+        expected = f"float outputs [{num}, {shape}]{hint}"
+        raise ValueError(f"{name} gave {actual} for {examples}{when}; it should give {expected}")
