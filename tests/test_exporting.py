@@ -250,7 +250,7 @@ def test_a_table_of_images_is_read_by_the_column_that_training_read(directory: s
     assert call(["predict", directory, str(path), str(file)]) == 2
     printed = capsys.readouterr()
     assert printed.out.startswith(f"{file}: ")
-    assert f"{path} has no column image, where the model's training images were, only pictures, n" in printed.err
+    assert f"{path} has no column image, only pictures, n" in printed.err
     assert printed.err.count("\n") == 1
     config = Config(data=DataConfig(image_column="pictures")).to_dict()
     RunDirectory.at(directory).write_json("config.json", {"format": FORMAT, "config": config})

@@ -180,8 +180,9 @@ def of_arrays(
     learned_names = named or (("mask",) if is_masks else ("target",) if "target" in train else ("label",))
     if absent := [name for name in (column, *learned_names) if name not in train]:
         hint = nearest(absent[0], [*train])
+        given = ", ".join(f"{name} ({values.dtype} {list(values.shape)})" for name, values in train.items())
         raise ValueError(
-            f"{config.name} gives {', '.join(train)}, and {task.name} takes inputs or image beside label, target or "
+            f"{config.name} gives {given}, and {task.name} takes inputs or image beside label, target or "
             f"mask, here {absent[0]}: name them so, or by --data.image-column and --data.target, or give --task "
             f"package.module:Class{hint}"
         )
