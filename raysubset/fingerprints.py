@@ -38,7 +38,7 @@ def fingerprint(entries: Iterable[Entry]) -> pa.Table:
 
 def entries(table: pa.Table) -> dict[str, Entry]:
     """Return the entries of a fingerprint(), by file."""
-    return {row["file"]: Entry(**row) for row in table.to_pylist()}
+    return {values[0]: Entry(*values) for values in zip(*(column.to_pylist() for column in table.columns), strict=True)}
 
 
 def changes(old: pa.Table, new: pa.Table) -> list[str]:
@@ -77,20 +77,20 @@ class Identity:
 
     def to_table(self) -> pa.Table:
         """Return the table of identity.parquet."""
-        rows = [
-            {"kind": kind, "name": name, **entry._asdict()}
+        parts = [
+            pa.table([pa.repeat(kind, len(table)), pa.repeat(name, len(table)), *table.columns], schema=_ALL)
             for kind, tables in (("data", self.data), ("code", self.code))
             for name, table in tables.items()
-            for entry in entries(table).values()
         ]
-        return pa.Table.from_pylist(rows, _ALL.with_metadata({"places": json.dumps(dict(self.places))}))
+        places = {"places": json.dumps(dict(self.places))}
+        return pa.concat_tables([_ALL.empty_table(), *parts]).replace_schema_metadata(places)
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
         """Return the identity that to_table() wrote."""
         groups: dict[str, dict[str, list[Entry]]] = {"data": {}, "code": {}}
-        for row in table.to_pylist():
-            groups[row.pop("kind")].setdefault(row.pop("name"), []).append(Entry(**row))
+        for kind, name, *values in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            groups[kind].setdefault(name, []).append(Entry(*values))
         tables = {kind: {name: fingerprint(group) for name, group in named.items()} for kind, named in groups.items()}
         return cls(tables["data"], tables["code"], json.loads((table.schema.metadata or {}).get(b"places", b"{}")))
 

@@ -151,6 +151,24 @@ def test_one_that_was_stopped_ends_where_it_would_have_ended(
     )
 
 
+def test_an_optimizer_that_measures_validation_data_itself_is_not_measured_beside(
+    full_set: FullSet, start: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"minimize.batch_size": 64, "minimize.learning_rate": None, "minimize.schedule": "cosine"}
+    whole |= {"minimize.optimizer": "lbfgs", "minimize.patience": 3, "fine_tuning.epochs": 60.0}
+    config, beside = CONFIG.with_overrides(whole), list[Any]()
+    monkeypatch.setattr("raysubset.work.minimizing.evaluate_together", beside.append)
+    piece = Piece(config, RunDirectory(str(tmp_path), "run"), "fine_tuning", by_train=True)
+    (record,) = Minimizer(lambda: full_set, num_gpus=0, node="here").minimize(
+        [piece], start, attempts=[0], waited_s=0.0
+    )
+    assert isinstance(record, dict)
+    losses = [look["validation"]["loss"] for look in record["history"]]
+    assert len(set(losses)) > 3
+    assert record["validation"]["loss"] == min(losses)
+    assert beside == []
+
+
 def test_looking_changes_no_bits(full_set: FullSet, start: Weights, tmp_path: Path) -> None:
     torch.manual_seed(1)
     record, piece = left(RunDirectory(str(tmp_path), "looked"), full_set, start, minimize__validate_every=5)

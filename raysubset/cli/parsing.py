@@ -99,10 +99,8 @@ class _Parser(argparse.ArgumentParser):
     """Holds only what is given, and raises its errors."""
 
     def __init__(self, prog: str, usage: str, texts: Sequence[str], more: str) -> None:
-        usage, text = (
-            textwrap.fill(usage, _width() - len("usage: ")),
-            "\n\n".join(" ".join(text.split()) for text in texts if text),
-        )
+        usage = textwrap.fill(usage, _width() - len("usage: "))
+        text = "\n\n".join(" ".join(text.split()) for text in texts if text)
         super().__init__(prog, usage, text, more, formatter_class=_Formatter, add_help=False, allow_abbrev=False)
         self.argument_default = argparse.SUPPRESS
         self.add_argument(*HELP, action="help", help=argparse.SUPPRESS)

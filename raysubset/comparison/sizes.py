@@ -60,9 +60,9 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
         checkpoint = (work.num_network_bytes - sum(file_sizes.values())) // max(1, work.cost.num_steps - 1)
         file_sizes = {path: size for path, size in file_sizes.items() if not path.startswith(FROZEN_FOLDER)}
         minimum, state = file_sizes.pop(weights_path(piece.folder)), file_sizes.pop(optimizer_path(piece.folder), 0)
-        frozen_names = fixed_weights(weights, averaged_names(model))
+        fixed = fixed_weights(weights, averaged_names(model))
         whole, momentum, outputs = (
-            _written_size(directory, tensors, frozen_names)
+            _written_size(directory, tensors, fixed.keys())
             for tensors in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
         )
         frozen = sum(_size(directory, path) for path in directory.list(FROZEN_FOLDER))

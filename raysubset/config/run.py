@@ -127,9 +127,7 @@ class Config(Part):
         for stage, epochs in stages:
             if not epochs:
                 continue
-            averaging = self.stage(
-                stage, epochs=epochs
-            ).averaging  # refuses what does not fit the stage's learning rate
+            averaging = self.stage(stage, epochs=epochs).averaging  # stage() refuses what does not fit its rate
             if averaging.kind == "swa" and (num := averaging.num_epochs_averaged(epochs)) <= 1:
                 yield (
                     f"minimize.averaging.kind=swa would average {num} epoch(s) in the stage {stage}, of {epochs:g} "

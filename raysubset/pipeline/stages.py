@@ -165,10 +165,8 @@ class _Stages:
         config, sizes = self._config, [len(subset.indices) for subset in self._plan.subsets]
         request = {"CPU": config.actors.num_cpus, "GPU": self._decisions.num_gpus}
         at_once = max(1, min(len(sizes), num_slots(request, startable=True), config.actors.max_num or len(sizes)))
-        num_train, text = (
-            len(self._full_set.train),
-            f"planned: up to {self._plan.passes:.2f} passes of training in total",
-        )
+        num_train = len(self._full_set.train)
+        text = f"planned: up to {self._plan.passes:.2f} passes of training in total"
         return Planned(text, tuple(planned_steps(config, self._plan, num_train, at_once)), num_train)
 
     def take_over_trunk(self, source: RunDirectory) -> None:

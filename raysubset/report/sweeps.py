@@ -170,7 +170,7 @@ def sweep_plot(record: Record) -> Plot | None:
     num_seeds = statistics.median(setting["num_seeds"] for setting in drawn)
     caption = (
         f"By subset size, n = {num_seeds:g} seeds, bars: standard error over seeds; dashed passes: critical path; "
-        " grey: conventional training, if it was run, dotted on test data."
+        "grey: conventional training, if it was run, dotted on test data."
     )
     return Plot(caption, charts, is_wide=True)
 

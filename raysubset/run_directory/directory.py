@@ -326,9 +326,10 @@ class RunDirectory:
     def _frozen(self, path: str, files: Mapping[str, Any]) -> "dict[str, Tensor]":
         """Return weights that no training changes. This process fetches them once, however large they are."""
         key = self.uri, path, str(files.get(path))
-        if key not in RECENT.frozen:
-            RECENT.frozen = {key: self.read_weights(path, files)}
-        return RECENT.frozen[key]
+        if (weights := RECENT.frozen.get(key)) is None:
+            weights = self.read_weights(path, files)
+            RECENT.frozen = {key: weights}
+        return weights
 
     def write_checkpoint(self, path: str, state: Mapping[str, Any], *, is_durable: bool = True) -> Seal:
         """Write a save_checkpoint() file. Return its seal. `position`, such as [epoch, step], orders checkpoints."""

@@ -49,7 +49,7 @@ _DATA = {"name": str} | _all(_COUNT, "num_train num_test")
 _MODEL = {"num_parameters": int, "forward_share": _NUMBER}
 _SLOT = {"kind": str, "speed": _NUMBER}
 _OUTER_STEP = {"outer_learning_rate": _NUMBER, "outer_momentum": (_NUMBER,)}
-_CONFIG = {"name": (str,), "minimize": {"loss?": str}, "task?": {"loss?": str}, "model": {"name": str}}
+_CONFIG = {"name": (str,), "model": {"name": str}}
 
 _NOTES = [{"text": str, "is_warning": bool}]
 

@@ -72,10 +72,8 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
     dtype = next(network.parameters()).dtype
     indices = torch.arange(_NUM_TRIED) % len(sample)
     inputs, targets = sample.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
-    objective, precision = (
-        OwnObjective(reference, inputs.device),
-        mixed_precision(inputs.device, dtype, recipe.precision),
-    )
+    objective = OwnObjective(reference, inputs.device)
+    precision = mixed_precision(inputs.device, dtype, recipe.precision)
 
     def loss_of(inputs: Tensor, targets: Tensor) -> float:
         total = 0.0

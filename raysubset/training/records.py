@@ -105,6 +105,7 @@ class Progress:
     summed: tuple[Tensor | float, float] = (0.0, 0)
     """(sum of the losses, number of examples) of the epoch so far. Other threads read it. It is therefore replaced
     after each step, and the sum's tensor is never written to again."""
+    validation: "Metrics | None" = None  # at the present weights, if the minimization has measured them itself
     capture: Callable[[], dict[str, Any]] = dict
     """Return all that a later call needs as `state`: tensors and plain values, not copied, so write them at once.
 

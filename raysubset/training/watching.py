@@ -41,7 +41,7 @@ class ValidationWatch:
         num_epochs = len(progress.history)
         if not progress.epoch_ended or (num_epochs % self._every and progress.step < progress.num_steps):
             return None
-        metrics = self._validate()
+        metrics = self._validate() if progress.validation is None else progress.validation
         self.looks.append({**progress.history[-1].to_dict(), "validation": metrics.to_dict()})
         if not self._best or metrics.loss < self._best["loss"]:
             self._best = {"loss": metrics.loss}

@@ -120,7 +120,8 @@ def _minimize(
         """Return the validation loss at the current weights, with these weights."""
         assert validation is not None
         objective.num_forward += len(validation)
-        return {"loss": evaluate(model, validation, recipe).loss, "weights": objective.weights(), "since": 0}
+        progress.validation = evaluate(model, validation, recipe)
+        return {"loss": progress.validation.loss, "weights": objective.weights(), "since": 0}
 
     if state is None:
         objective.num_forward += recompute_batch_norm(model, examples, recipe)
