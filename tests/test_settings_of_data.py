@@ -157,7 +157,7 @@ def test_a_mask_and_an_image_are_named(files: Path):
         (
             {"image": IMAGES, "label": LABELS},
             {"image_column": "img"},
-            "gives image, label, .* here img: name them so",
+            r"gives image \(uint8 \[.*\), label \(int64 \[.*\), .* here img: name them so",
         ),
         ({"image": IMAGES, "label": LABELS}, {"target": "image"}, "image is the input and --data.target"),
         ({"image": IMAGES, "a": LABELS, "b": LABELS}, {"target": "a,b"}, "classification learns one column, not a, b"),
