@@ -1,5 +1,7 @@
 """What aggregation methods need, said where they are; and the user's own."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 
@@ -18,6 +20,7 @@ from raysubset.aggregation import (
 )
 from raysubset.aggregation.methods import combine_in
 from raysubset.config import AGGREGATIONS, AggregationConfig
+from raysubset.run_directory import RunDirectory
 from raysubset.training import Weights
 from tests.tiny import metrics
 
@@ -108,6 +111,13 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             def broken(minima, context):
                 return context.strat
 
+            def in_place(minima, context):
+                mean = minima[0].load_weights()
+                for minimum in minima[1:]:
+                    for key, value in minimum.load_weights().items():
+                        mean[key] += value
+                return {key: value.div_(len(minima)) + context.start[key].mul_(0) for key, value in mean.items()}
+
             def odd(minima, context): ...
 
             first.needs = Needs(shared_start=False, validation=True, statistics=("fisher",), parts=True)
@@ -129,6 +139,20 @@ def test_a_method_of_the_users_makes_weights_of_the_members_form() -> None:
     with pytest.raises(ValueError, match="averages:median averages minima that share no start"):
         combine_in(context(), minima(1.0, 2.0, start_id="{}"), config)
     assert "averages:median" in Config(aggregation=config).functions().values()
+
+
+@pytest.mark.usefixtures("own")
+def test_a_method_of_the_users_may_write_into_weights_of_which_members_share_the_frozen_ones(tmp_path: Path) -> None:
+    directory, frozen = RunDirectory(str(tmp_path), "run"), torch.ones(3)
+    members, start = list[Minimum](), {"w": torch.tensor([7.0]), "frozen": frozen}
+    for member, value in zip(minima(1.0, 2.0, 3.0, 6.0), (1.0, 2.0, 3.0, 6.0), strict=True):
+        path = f"{value}.safetensors"
+        files = directory.write_apart(path, {"w": torch.tensor([value]), "frozen": frozen}, {"frozen"})
+        members.append(replace(member, load_weights=partial(directory.read_weights, path, files)))
+    made = method_of(AggregationConfig(method="averages:in_place")).combine(members, context(start))
+    assert made.weights["w"].item() == 3.0
+    for weights in (made.weights, start, members[0].load_weights()):
+        assert weights["frozen"].tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.usefixtures("own")

@@ -1,6 +1,6 @@
 """The methods by name, including the user's own, and the choice among them by auto."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -131,7 +131,11 @@ def _users(config: AggregationConfig) -> Method:
         raise ValueError(f"{_FIELD} = {name!r}: its attribute needs should be raysubset.aggregation.Needs(…)")
 
     def combine(minima: Sequence[Minimum], context: Context) -> Aggregate:
-        weights = call_function(_FIELD, name, minima, context)
+        start = context.start and _copies_of(context.start)
+        copies = [
+            replace(m, load_weights=_copied(m.load_weights), load_statistics=_copied(m.load_statistics)) for m in minima
+        ]
+        weights = call_function(_FIELD, name, copies, replace(context, start=start))
         if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
             raise ValueError(
                 f"{_FIELD} = {name!r} should return weights, tensors by name, not {type(weights).__name__}"
@@ -143,3 +147,12 @@ def _users(config: AggregationConfig) -> Method:
         return Aggregate(name, weights, tuple(minimum.subset_id for minimum in minima), (), shares_start(minima))
 
     return Method(combine, needs)
+
+
+def _copied(load: Callable[..., Weights]) -> Callable[..., Weights]:
+    return lambda *kind: _copies_of(load(*kind))
+
+
+def _copies_of(weights: Weights) -> Weights:
+    """Return copies, into which the user's code may write: members share frozen weights in memory."""
+    return {key: tensor.clone() for key, tensor in weights.items()}
