@@ -1,6 +1,7 @@
 """What a Ray Train worker raises: tried again where it came from outside its work, and only there."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,13 +12,17 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raysubset.config import Config
+from raysubset.data import load_full_set
 from raysubset.events import Event, Retry
+from raysubset.fine_tuning import worker
 from raysubset.fine_tuning.job import FineTuningFailed, Job
 from raysubset.fine_tuning.trainer import Attempts, WatchedTrainer, fit
 from raysubset.fine_tuning.worker import MistakeError, _may_pass
+from raysubset.models import new_model
 from raysubset.run_directory import RunDirectory, checkpoint_path
+from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors.pool import PLACE_ERRORS
-from raysubset.training import use_device
+from raysubset.training import Shard, use_device
 from raysubset.user_code.functions import in_a_line
 from raysubset.work import Piece
 
@@ -97,6 +102,25 @@ def job_in(directory: RunDirectory) -> Job:
     config = Config().with_overrides({"actors.max_attempts": 3})
     nothing: Any = None
     return Job(Piece(config, directory, "conventional"), [], [], 0.0, nothing)
+
+
+def test_workers_that_are_started_again_after_the_minimum_was_written_leave_it_as_it_is(directory, monkeypatch):
+    """Ray Train starts all again if one is lost before the controller has heard that they are done."""
+    monkeypatch.setattr(worker, "ray", SimpleNamespace(get=lambda given: given))
+    monkeypatch.setattr(worker, "own_address", lambda: "there")
+    config = Config().with_overrides({"trunk.epochs": 0.2})
+    full_set = load_full_set(config.data)
+    start, nothing = new_model(config.model, full_set, seed=1).state_dict(), cast(Any, None)
+    job = Job(Piece(config, directory, "trunk", by_train=True, num_workers=1), [full_set], [start], 0.0, nothing)
+    worker._train(job, Shard())
+    record = job.piece.record()
+    assert record is not None
+    worker._train(job, Shard())
+    assert [work.outcome for work in Ledger(directory).read()] == ["done"]
+    directory.delete("trunk/weights.safetensors")
+    worker._train(job, Shard())
+    assert [work.outcome for work in Ledger(directory).read()] == ["done", "done"]
+    assert job.piece.record()["files"] == record["files"]
 
 
 def test_what_may_pass_is_storage_devices_ray_and_lost_connections():

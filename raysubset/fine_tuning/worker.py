@@ -74,6 +74,8 @@ _WORDS_OF_CONNECTIONS = ("gloo", "nccl", "connection", "socket", "timed out", "t
 
 
 def _train(job: Job, shard: Shard) -> None:
+    if job.piece.record() is not None:  # of a group that Ray Train started again, as a node died at its very end
+        return
     full_set, start = ray.get(job.full_set_ref[0]), ray.get(job.start_ref[0])
     count_bytes(full_set.num_bytes + sum(tensor.nbytes for tensor in start.values()))
     stream = partial(read_by_ray_data, full_set_ref=job.full_set_ref, shard=shard)
