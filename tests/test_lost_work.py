@@ -68,6 +68,13 @@ def die_after_two_checkpoints(storage: Storage, when: str, path: str) -> None:
         os._exit(1)
 
 
+def die_after_five_checkpoints(storage: Storage, when: str, path: str) -> None:
+    if when == "after" and "checkpoint-" in path and storage.count("deaths") <= 5:
+        with (Path(storage.storage_path) / "left").open("a") as file:
+            print(*(name for name in storage.list(os.path.dirname(path)) if "checkpoint-" in name), file=file)
+        os._exit(1)
+
+
 def die_before_each_checkpoint(storage: Storage, when: str, path: str) -> None:
     if when == "before" and "checkpoint-" in path:
         os._exit(1)
@@ -124,6 +131,14 @@ def test_attempts_that_leave_further_checkpoints_are_not_counted(tmp_path: Path)
     assert len([event for event in events if isinstance(event, Retry)]) == 2
     works = Ledger(RunDirectory(str(tmp_path), "run")).read()
     assert sum(work.cost.num_backward for work in works) == 3 * 200  # what checkpoints hold is counted, once
+
+
+def test_only_the_checkpoint_that_an_attempt_resumed_from_stays_beside_its_own(tmp_path: Path) -> None:
+    """Else the tenth attempt at a large network would read ten of them."""
+    do(tmp_path, die_after_five_checkpoints, overrides={"minimize.epochs": 7.0})
+    lefts = [line.split() for line in (tmp_path / "left").read_text().splitlines()]
+    paths = [f"rounds/0000/minima/0000/checkpoint-{attempt:02d}.pt" for attempt in range(5)]
+    assert lefts == [paths[:1], paths[0:2], paths[1:3], paths[2:4], paths[3:5]]
 
 
 def test_attempts_that_leave_no_checkpoint_are_counted_and_so_is_their_work(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ class _Job:
     last_step: int  # of the last checkpoint
     last_at: float
     beat_at: float  # the time of its ledger entry's last heartbeat
+    stale: list[str]  # checkpoints of attempts before the one that it resumes from
     watch: ValidationWatch | None = None
     validation_cost: Cost = field(default_factory=Cost)  # of the watch
 
@@ -293,7 +294,9 @@ class Minimizer:
         last_step = state["position"][1] if state else 0
         now = time.perf_counter()
         steps = every_steps, last_step
-        job = _Job(piece, start, fixed, work, model, examples, recipe, state, optimizer_state, *steps, now, now)
+        newest_path = checkpoint_path(piece.folder, newest[0]) if newest else None
+        stale = [path for path in self._checkpoints(piece) if path != newest_path] if newest else []
+        job = _Job(piece, start, fixed, work, model, examples, recipe, state, optimizer_state, *steps, now, now, stale)
         job.watch = self._watch(job)
         return job
 
@@ -436,6 +439,8 @@ class Minimizer:
             if now or not starts_over(job.recipe, state):  # a checkpoint does not help a loop that starts over
                 if job.fixed:
                     state = _with_weights(state, job.changed)
+                while job.stale:  # or each attempt would leave one, and read all
+                    self._run.delete(job.stale.pop())
                 self._run.write_checkpoint(checkpoint_path(job.piece.folder, job.work.attempt), state)
             job.last_step, job.last_at = progress.step, time.perf_counter()
             beat()
@@ -487,10 +492,12 @@ class Minimizer:
             }
         self._close(job.work, "done", cost)  # before the record: without that, all of this work is done again
         run.write_json(minimum_path(folder), record)
-        for path in run.list(folder):
-            if "/checkpoint-" in path:
-                run.delete(path)
+        for path in self._checkpoints(piece):
+            run.delete(path)
         return record
+
+    def _checkpoints(self, piece: Piece) -> list[str]:
+        return [path for path in self._run.list(piece.folder) if "/checkpoint-" in path]
 
     def _keep_optimizer(self, path: str, state: dict[str, Any]) -> None:
         """Keep the newest optimizer states in memory too, because the next round's members may be done here."""
