@@ -1,10 +1,8 @@
 """What a user's function returns is told apart: images, tables, and arrays, each checked before it is learned from."""
 
-import argparse
 import importlib
 import sys
 import textwrap
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,6 @@ from raysubset.data.fitting import of_arrays
 from raysubset.data.functions import Arrays, read_returned, read_returned_texts, read_table_arrays
 from raysubset.data.tables import Tables
 from raysubset.tasks import Regression
-from raysubset.user_code.functions import in_a_line
 
 MODULE = """
 import numpy as np
@@ -276,24 +273,3 @@ def test_what_cannot_be_learned_from_is_refused_in_a_line(returned: Callable[...
     with pytest.raises(ValueError, match=message) as caught:
         returned(body)
     assert "\n" not in str(caught.value)
-
-
-def test_users_code_in_two_threads_leaves_argparse_as_it_was(capsys: pytest.CaptureFixture[str]):
-    has_begun, may_end = threading.Event(), threading.Event()
-
-    def of_the_user() -> None:
-        with in_a_line("data.name", "mine:load"):
-            has_begun.set()
-            assert may_end.wait(60)
-
-    thread = threading.Thread(target=of_the_user)
-    thread.start()
-    assert has_begun.wait(60)
-    with pytest.raises(SystemExit):
-        argparse.ArgumentParser(prog="another").error("no such flag")  # of a thread that runs none of the user's code
-    with in_a_line("data.name", "mine:load"):
-        may_end.set()
-        thread.join()
-    with pytest.raises(SystemExit):
-        argparse.ArgumentParser(prog="another").error("no such flag")
-    assert capsys.readouterr().err.count("another: error: no such flag") == 2

@@ -1,7 +1,6 @@
 """Show progress on stderr: a live view on a terminal, plain lines elsewhere."""
 
 import functools
-import inspect
 import math
 import sys
 import threading
@@ -47,13 +46,6 @@ def telling(first: str = "") -> Iterator[events.OnEvent]:
         yield tell
 
 
-class _AsTheCommand:
-    """The default of `on_event`: progress is shown as the command shows it."""
-
-    def __repr__(self) -> str:
-        return "<shown as the command does>"
-
-
 def shown(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap run(), sweep() or compare() so that it shows progress on stderr if the caller gives no `on_event`."""
 
@@ -64,10 +56,6 @@ def shown(verb: Callable[..., Any]) -> Callable[..., Any]:
         with telling() as tell:
             return verb(*args, on_event=tell, **options)
 
-    signature = inspect.signature(verb)
-    default = signature.parameters["on_event"].replace(default=_AsTheCommand())
-    parameters = signature.parameters | {"on_event": default}
-    as_the_command.__signature__ = signature.replace(parameters=list(parameters.values()))  # pyright: ignore[reportAttributeAccessIssue]
     return as_the_command
 
 

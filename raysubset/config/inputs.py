@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from raysubset.config.trees import Part
@@ -21,10 +20,7 @@ _NORMED = ("cnn", "vgg", "cifar_resnet", "unet")
 NUM_SUBSETS = 4  # that share the training set, if neither number nor size is given
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Part):
-    prefix = "data."
-
+class DataConfig(Part, prefix="data."):
     name: str = "digits"
     """Images: digits, mnist, fashion_mnist, cifar10, cifar100. Tables: breast_cancer, wine, iris, diabetes. Text:
     python_docs. Or the path or URI of a Parquet, Arrow, CSV or text file, of a folder of such files, of a folder with
@@ -89,10 +85,7 @@ class DataConfig(Part):
         return self.target or "label"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Part):
-    prefix = "model."
-
+class ModelConfig(Part, prefix="model."):
     name: str = "auto"
     """Network: cnn, vgg, cifar_resnet or lenet5 for images; alexnet_32, vgg11_32, vgg16_32 or resnet18_32 for images
     of 32×32; any classification network of torchvision; unet for masks; mlp for other numbers; lstm or transformer for
@@ -136,10 +129,7 @@ class ModelConfig(Part):
         return self.width or width, self.depth or depth
 
 
-@dataclass(frozen=True, kw_only=True)
-class SubsetsConfig(Part):
-    prefix = "subsets."
-
+class SubsetsConfig(Part, prefix="subsets."):
     num: Annotated[int | None, "[1, ∞)"] = None
     """Number of disjoint subsets. Give at most two of num, size and fraction; by default 4 share the training set."""
     size: Annotated[int | None, "[1, ∞)"] = None

@@ -3,7 +3,7 @@
 import math
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from raysubset.config.trees import Part
@@ -23,7 +23,6 @@ _LEARNING_RATES = {"sgd": 0.1, "adam": 2e-3, "adamw": 2e-3, "muon": 0.1, **dict.
 _PATIENCE = 5  # default of levenberg_marquardt
 
 
-@dataclass(frozen=True, kw_only=True)
 class _Variation(Part):
     """A method that varies the steps of the built-in loop, in some stages."""
 
@@ -40,12 +39,9 @@ class _Variation(Part):
         return TRAINING_STAGES if self.stages == "all" else tuple(part.strip() for part in self.stages.split(","))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtrapolationConfig(_Variation):
+class ExtrapolationConfig(_Variation, prefix="minimize.extrapolation."):
     """Extrap-SGD (arXiv:2006.05720), from its abstract: take the gradient at extrapolated weights, then step with
     heavy-ball momentum."""
-
-    prefix = "minimize.extrapolation."
 
     kind: Literal["none", "past_local", "past_global", "isotropic", "filter_scaled"] = "none"
     """Extrapolate along this worker's last gradient, the last gradient of all workers, random directions, or random
@@ -57,11 +53,8 @@ class ExtrapolationConfig(_Variation):
     """Extrapolate along the momentum as well."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AveragingConfig(_Variation):
+class AveragingConfig(_Variation, prefix="minimize.averaging."):
     """Average the weights during training: periodic sampling (arXiv:1905.05774), EMA, SWA (arXiv:1803.05407)."""
-
-    prefix = "minimize.averaging."
 
     kind: Literal["none", "pswa", "pwalks", "pswm", "ema", "swa"] = "none"
     """Mean of an epoch's samples (pswa) or of the last num_samples (pwalks), moving mean of the samples (pswm) or of
@@ -95,11 +88,8 @@ class AveragingConfig(_Variation):
         return sum(min(end, epochs) > self.swa_start * epochs for end in range(1, math.ceil(epochs) + 1))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SkippingConfig(_Variation):
+class SkippingConfig(_Variation, prefix="minimize.skipping."):
     """Weight Update Skipping (arXiv:2012.02792), from its abstract; the rule and its constants are our own."""
-
-    prefix = "minimize.skipping."
 
     kind: Literal["none", "wus", "wus_lr"] = "none"
     """Freeze the weights while training accuracy hardly improves, and train only biases and normalisation parameters;
@@ -116,10 +106,7 @@ class SkippingConfig(_Variation):
     """wus_lr: factor of the learning rate at each freeze."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class MinimizeConfig(Part):
-    prefix = "minimize."
-
+class MinimizeConfig(Part, prefix="minimize."):
     optimizer: Annotated[str, (*OPTIMIZERS, "package.module:function")] = "sgd"
     """sgd (Nesterov momentum), adam, adamw, or muon, which makes the momentum of matrices and kernels orthogonal, and
     gives biases and normalisation parameters sgd's steps at twice the rate. lbfgs, cg (Polak-Ribière+, both with a

@@ -1,17 +1,13 @@
 """Settings of where a run takes place and who follows it: actors, cluster and trackers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from raysubset.config.trees import Part
 from raysubset.uris import holds_secret
 
 
-@dataclass(frozen=True, kw_only=True)
-class ActorsConfig(Part):
-    prefix = "actors."
-
+class ActorsConfig(Part, prefix="actors."):
     num_cpus: Annotated[int, "[1, ∞)"] = 1
     """CPUs and torch threads of a subset actor or Ray Train worker. They shape the result: sums depend on threads."""
     num_gpus: Annotated[float | None, "[0, 1]"] = None
@@ -40,10 +36,7 @@ class ActorsConfig(Part):
     short for it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClusterConfig(Part):
-    prefix = "cluster."
-
+class ClusterConfig(Part, prefix="cluster."):
     address: str | None = None
     """Ray cluster to connect to; by default the one this job was submitted to, else a new one on this machine."""
     num_cpus: Annotated[int | None, "[1, ∞)"] = None
@@ -63,10 +56,7 @@ class ClusterConfig(Part):
             yield "cluster.num_cpus and num_gpus are for a new local cluster: leave them out with cluster.address"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrackingConfig(Part):
-    prefix = "tracking."
-
+class TrackingConfig(Part, prefix="tracking."):
     to: Literal["none", "mlflow", "wandb", "both"] = "none"
     """Experiment trackers that follow the run, beside the TensorBoard events at its end. wandb works offline if it
     finds no API key; WANDB_MODE overrides this."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from operator import attrgetter
 from typing import Annotated, Any, Literal
 
@@ -32,7 +32,6 @@ OF_SUBSET_PRETRAINING = (
 Learned = tuple[DataConfig, TaskConfig]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Config(Part):
     name: str | None = None
     """Name of the run: running again under the same name resumes. By default data, model (if named) and a digest."""

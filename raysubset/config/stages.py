@@ -1,7 +1,6 @@
 """Settings of the stages around the subsets: trunk, rounds, aggregation, fine-tuning, and the conventional run."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from raysubset.config.trees import Part
@@ -12,10 +11,7 @@ AGGREGATIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrunkConfig(Part):
-    prefix = "trunk."
-
+class TrunkConfig(Part, prefix="trunk."):
     epochs: Annotated[float, "[0, ∞)"] = 1.0
     """Epochs on the full set before the subsets, for a trained common start. 0: no trunk, as in the paper."""
     learning_rate: Annotated[float | None, "(0, ∞)"] = None
@@ -26,10 +22,7 @@ class TrunkConfig(Part):
     """1: one actor; 2 or more: a Ray Train job."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RoundsConfig(Part):
-    prefix = "rounds."
-
+class RoundsConfig(Part, prefix="rounds."):
     num: Annotated[int, "[1, ∞)"] = 1
     """Rounds of subset minima and aggregation; with 2 or more the subsets are redrawn each round (local SGD). In
     pilots 16 or more exchanges paid, with Muon or SGD."""
@@ -79,10 +72,7 @@ class RoundsConfig(Part):
         return (round + 1) % self.evaluate_every == 0 or round + 1 == self.num
 
 
-@dataclass(frozen=True, kw_only=True)
-class AggregationConfig(Part):
-    prefix = "aggregation."
-
+class AggregationConfig(Part, prefix="aggregation."):
     method: Annotated[str, (*AGGREGATIONS, "package.module:function")] = "uniform_soup"
     """How the minima are aggregated: their mean (uniform_soup), a weighted mean (weighted_soup), a mean of those that
     help (greedy_soup), the best one (select_best); means weighted by curvature (fisher, regmean); of task vectors
@@ -114,10 +104,7 @@ class AggregationConfig(Part):
     """aligned_soup: restore the statistics of activations that averaging shrinks (REPAIR, arXiv:2211.08403)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FineTuningConfig(Part):
-    prefix = "fine_tuning."
-
+class FineTuningConfig(Part, prefix="fine_tuning."):
     epochs: Annotated[float, "[0, ∞)"] = 2.0
     """Epochs of fine-tuning on the full set by Ray Train. 0: the aggregate is the model."""
     learning_rate: Annotated[float | None, "(0, ∞)"] = None
@@ -155,10 +142,7 @@ class FineTuningConfig(Part):
         return auto if self.num_workers == "auto" else self.num_workers
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConventionalConfig(Part):
-    prefix = "conventional."
-
+class ConventionalConfig(Part, prefix="conventional."):
     epochs: Annotated[float | None, "(0, ∞)"] = None
     """Epochs of `--method conventional`; by default as many as give the total cost of the config's subset pretraining,
     evaluation counted in both."""

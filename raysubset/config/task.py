@@ -1,7 +1,6 @@
 """Settings of what is learned: the task and its loss."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from raysubset.config.trees import Part
@@ -21,10 +20,7 @@ _LOSSES: dict[str, tuple[LossName, ...]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskConfig(Part):
-    prefix = "task."
-
+class TaskConfig(Part, prefix="task."):
     name: Annotated[str, ("auto", *TASK_NAMES, "package.module:Class")] = "auto"
     """classification, regression, segmentation, next_token, or package.module:Class, a raysubset.tasks.Task of
     your own. auto: the usual task of a named set, classification for other data. --task is short for it."""

@@ -29,10 +29,18 @@ def need(condition: object, message: str) -> None:
         raise ValueError(message)
 
 
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 class Part:
-    """A group of settings that checks itself. `prefix` is the start of its fields' dotted names."""
+    """A group of settings that checks itself: each subclass is a frozen dataclass, made by keywords.
+
+    `prefix` is the start of its fields' dotted names.
+    """
 
     prefix = ""
+
+    def __init_subclass__(cls, prefix: str = "") -> None:
+        cls.prefix = prefix
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         check_fields(self, self.prefix)
@@ -135,8 +143,8 @@ T = TypeVar("T")
 def from_tree(cls: type[T], tree: Any, prefix: str = "", *, noun: str = "config field") -> T:
     """Build a dataclass from parsed JSON and check each value's type; fields left out keep their defaults.
 
-    Fields may be finite numbers, strings, booleans, None, Literals, lists, tuples, dicts with string keys, dataclasses,
-    and unions of one of these with None. A Part checks its fields itself.
+    Fields may be finite numbers, strings, booleans, None, Literals, tuples, dataclasses, and unions of one of these
+    with None. A Part checks its fields itself.
 
     Args:
         prefix: the start of the dotted names in messages.
@@ -168,26 +176,20 @@ def _checked(hint: Any, value: Any, name: str, noun: str = "") -> Any:
     """
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for option in options:
-        origin, parts = typing.get_origin(option) or option, typing.get_args(option)
-        if option is Any:
-            return value
+        origin, parts = typing.get_origin(option), typing.get_args(option)
         if origin is Literal:
             if isinstance(value, str) and value in parts:
                 return value
+        elif origin is tuple:
+            kinds = parts[:1] * len(value) if parts[-1] is ... and isinstance(value, list | tuple) else parts
+            if isinstance(value, list | tuple) and len(kinds) == len(value):
+                items = enumerate(zip(kinds, value, strict=True))
+                return tuple(_checked(kind, item, f"{name}[{i}]", noun) for i, (kind, item) in items)
         elif dataclasses.is_dataclass(option):
             if isinstance(value, typing.cast(type, option)):
                 return value
             if isinstance(value, Mapping) or len(options) == 1:
                 return from_tree(typing.cast(type, option), value, f"{name}.", noun=noun)
-        elif origin in (list, tuple) and parts:
-            any_number = origin is list or parts[-1] is ...
-            if isinstance(value, list | tuple) and (any_number or len(parts) == len(value)):
-                kinds = parts[:1] * len(value) if any_number else parts
-                items = enumerate(zip(kinds, value, strict=True))
-                return origin(_checked(kind, item, f"{name}[{i}]", noun) for i, (kind, item) in items)
-        elif origin is dict and parts:
-            if isinstance(value, Mapping):
-                return {key: _checked(parts[1], item, f"{name}.{key}", noun) for key, item in value.items()}
         elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
             huge = isinstance(value, int) and abs(value) >= 2**1023
             number = math.copysign(math.inf, 1 if value > 0 else -1) if huge else float(value)
@@ -196,7 +198,7 @@ def _checked(hint: Any, value: Any, name: str, noun: str = "") -> Any:
         elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
     literals = [option for option in options if typing.get_origin(option) is Literal]
-    words = [str(word) for literal in literals for word in typing.get_args(literal)]
+    words = [word for literal in literals for word in typing.get_args(literal)]
     if words:
         raise ValueError(f"{name} = {_shown(value)} is not one of {', '.join(words)}{nearest(str(value), words)}")
     kinds = " or ".join(getattr(option, "__name__", str(option)) for option in options)

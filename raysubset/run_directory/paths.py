@@ -3,6 +3,8 @@
 A minimum's folder is minimum_folder(round, subset), or the name of a stage with a single minimum ("trunk").
 """
 
+from collections.abc import Callable
+
 CONFIG_PATH = "config.json"
 IDENTITY_PATH = "identity.parquet"  # digests of the data and code that names in the config stand for
 ENVIRONMENT_PATH = "environment.json"
@@ -23,9 +25,28 @@ FROZEN_FOLDER = "frozen"  # tensors that no training has changed, which files of
 SAMPLES_PATH = "samples.json"  # texts with which the final model continues a prompt
 
 
-def minima_folder(round: int) -> str:
-    """Return the folder of a round's minima."""
-    return f"rounds/{round:04d}/minima"
+def _of_folder(name: str) -> Callable[[str], str]:
+    return lambda folder: f"{folder}/{name}"
+
+
+def _of_round(name: str) -> Callable[[int], str]:
+    return lambda round: f"rounds/{round:04d}/{name}"
+
+
+minimum_path = _of_folder("minimum.json")  # of a finished minimum, written after its weights
+weights_path = _of_folder("weights.safetensors")
+outputs_path = _of_folder("outputs.safetensors")  # of a minimum on the validation split
+history_path = _of_folder("history.json")  # of the epochs so far
+left_out_path = _of_folder("left_out.json")  # notes that steps of the stage's Ray Train workers leave out parameters
+optimizer_path = _of_folder("optimizer.pt")  # the optimizer's state at the minimum, for the next round
+
+minima_folder = _of_round("minima")
+subsamples_folder = _of_round("subsamples")  # of minima on parts of subsets, which savgm needs
+subsets_path = _of_round("subsets.parquet")  # the manifest
+aggregate_path = _of_round("aggregate.json")  # of a finished aggregate, written after its weights
+aggregate_weights_path = _of_round("aggregate.safetensors")
+mean_optimizer_path = _of_round("optimizer.pt")  # the mean of the optimizers' states, for the next round's members
+momentum_path = _of_round("momentum.safetensors")  # of the outer step, after the round
 
 
 def minimum_folder(round: int, subset: int) -> str:
@@ -33,19 +54,9 @@ def minimum_folder(round: int, subset: int) -> str:
     return f"{minima_folder(round)}/{subset:04d}"
 
 
-def minimum_path(folder: str) -> str:
-    """Return the path of a finished minimum's JSON, which is written after its weights."""
-    return f"{folder}/minimum.json"
-
-
-def weights_path(folder: str) -> str:
-    """Return the path of a minimum's weights (safetensors)."""
-    return f"{folder}/weights.safetensors"
-
-
-def outputs_path(folder: str) -> str:
-    """Return the path of a minimum's outputs on the validation split (safetensors)."""
-    return f"{folder}/outputs.safetensors"
+def subsample_folder(round: int, subset: int) -> str:
+    """Return the folder of the minimum on a part of a subset."""
+    return f"{subsamples_folder(round)}/{subset:04d}"
 
 
 def statistics_path(folder: str, kind: str) -> str:
@@ -53,61 +64,11 @@ def statistics_path(folder: str, kind: str) -> str:
     return f"{folder}/{kind}.safetensors"
 
 
-def subsamples_folder(round: int) -> str:
-    """Return the folder of a round's minima on parts of subsets, which savgm needs."""
-    return f"rounds/{round:04d}/subsamples"
-
-
-def subsample_folder(round: int, subset: int) -> str:
-    """Return the folder of the minimum on a part of a subset."""
-    return f"{subsamples_folder(round)}/{subset:04d}"
-
-
-def history_path(folder: str) -> str:
-    """Return the path of the history of epochs so far (JSON)."""
-    return f"{folder}/history.json"
-
-
-def trace_path(stage: str) -> str:
-    """Return the path of torch's profile of some steps of a stage (gzip of JSON)."""
-    return f"{TRACES_FOLDER}/{stage}.json.gz"
-
-
-def left_out_path(folder: str) -> str:
-    """Return the path of the note that steps of the stage's Ray Train workers leave out parameters (JSON)."""
-    return f"{folder}/left_out.json"
-
-
-def optimizer_path(folder: str) -> str:
-    """Return the path of the optimizer's state at the minimum, for the next round (a checkpoint file)."""
-    return f"{folder}/optimizer.pt"
-
-
-def mean_optimizer_path(round: int) -> str:
-    """Return the path of the mean of a round's optimizer states, for the next round's members (a checkpoint file)."""
-    return f"rounds/{round:04d}/optimizer.pt"
-
-
 def checkpoint_path(folder: str, attempt: int) -> str:
     """Return the path of an attempt's own checkpoint, so that a lost actor cannot overwrite its successor's."""
     return f"{folder}/checkpoint-{attempt:02d}.pt"
 
 
-def subsets_path(round: int) -> str:
-    """Return the path of a round's manifest (Parquet)."""
-    return f"rounds/{round:04d}/subsets.parquet"
-
-
-def aggregate_path(round: int) -> str:
-    """Return the path of a finished aggregate's JSON, which is written after its weights."""
-    return f"rounds/{round:04d}/aggregate.json"
-
-
-def aggregate_weights_path(round: int) -> str:
-    """Return the path of an aggregate's weights (safetensors)."""
-    return f"rounds/{round:04d}/aggregate.safetensors"
-
-
-def momentum_path(round: int) -> str:
-    """Return the path of the outer step's momentum after a round (safetensors)."""
-    return f"rounds/{round:04d}/momentum.safetensors"
+def trace_path(stage: str) -> str:
+    """Return the path of torch's profile of some steps of a stage (gzip of JSON)."""
+    return f"{TRACES_FOLDER}/{stage}.json.gz"

@@ -1,13 +1,11 @@
 """The user's own data, models and subsets: functions that a config names as package.module:function."""
 
-import argparse
 import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any
 
 from raysubset.config import nearest
 from raysubset.errors import first_line, place_of
@@ -88,13 +86,12 @@ class _NoMainGuard(ValueError):
 
 @contextlib.contextmanager
 def in_a_line(field: str, reference: str) -> Iterator[None]:
-    """Turn into a one-line ValueError what the user's code raises, an exit of the process, and a use of our argv.
+    """Turn into a one-line ValueError what the user's code raises, and an exit of the process.
 
     A failure of a device or of another worker (torch.AcceleratorError, torch.distributed.DistError) passes unchanged:
     it is no mistake of the user's, and the next attempt may do the work. So does torch's error for a card that is full,
     which one_line() describes.
     """
-    token = _is_users.set(True)
     try:
         yield
     except _NoMainGuard:
@@ -103,37 +100,14 @@ def in_a_line(field: str, reference: str) -> Iterator[None]:
         torch = sys.modules.get("torch")
         if torch and isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError | torch.distributed.DistError):
             raise
-        match error:
-            case _ReadsFlags():
-                text = f"reads the command line, which is not its own ({first_line(error)}): parse flags {_GUARD}"
-            case SystemExit():
-                code = "" if error.code is None else repr(error.code)
-                text = f"ended the process (sys.exit({code})): put what a script does {_GUARD}"
-            case _:
-                text = f"raised {type(error).__name__}: {first_line(error)}"
+        text = f"raised {type(error).__name__}: {first_line(error)}"
+        if isinstance(error, SystemExit):
+            code = "" if error.code is None else repr(error.code)
+            text = f"ended the process (sys.exit({code})): put what a script does, such as parsing flags, {_GUARD}"
         place = place_of(error) or "see what it is called with"
         raise misfit(field, reference, f"{text}; {place}") from error
-    finally:
-        _is_users.reset(token)
 
 
 def misfit(field: str, reference: str, text: str) -> ValueError:
     """Return the error for the user's code that does not fit; the text says what it did, and the way out."""
     return ValueError(f"{field} = {reference!r} {text}")
-
-
-class _ReadsFlags(Exception):
-    """The user's argparse does not know the flags of this process."""
-
-
-_is_users = ContextVar("whether the user's code is running", default=False)  # in this thread
-_parse_error = argparse.ArgumentParser.error
-
-
-def _error(self: argparse.ArgumentParser, message: str) -> NoReturn:
-    if _is_users.get():  # argparse would print the user's usage for our flags
-        raise _ReadsFlags(message)
-    _parse_error(self, message)
-
-
-argparse.ArgumentParser.error = _error
