@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from raysubset import Config
 from raysubset.data import load_full_set
 from raysubset.models import new_model
 from raysubset.run_directory import RunDirectory, checkpoint_path
 from raysubset.run_directory.ledger import Ledger, Work
+from raysubset.tasks import Spec
 from raysubset.training import Progress, Shard, Weights
 from raysubset.work import Minimizer, Piece
 from tests.test_shards import in_two_processes
@@ -106,3 +108,24 @@ def test_two_workers_do_what_one_does(folder):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
         assert mine["validation"]["num_examples"] == theirs["validation"]["num_examples"]
         assert mine["validation"]["loss"] == pytest.approx(theirs["validation"]["loss"], rel=1e-2)
+
+
+def of_batch_norm(spec: Spec) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
+
+
+def test_a_network_of_the_users_is_tried_before_its_batch_norm_is_one_of_all_workers(tmp_path, monkeypatch):
+    """As the trial is on the CPU, where torch refuses batch statistics of several workers."""
+    monkeypatch.setattr(Minimizer, "_syncs_batch_norm", lambda *_: True)  # as on cards
+    config = CONFIG.with_overrides({"model.name": f"{__name__}:of_batch_norm", "model.norm": "batch"})
+    piece = Piece(config, RunDirectory(str(tmp_path), "run"), "trunk", by_train=True, num_workers=2)
+    full_set = load_full_set(config.data)
+    minimizer = Minimizer(lambda: full_set, num_gpus=0, node="there", shard=Shard(0, 2))
+    minimizer._begin([piece])
+    work = Work("trunk", 0, None, 0, "there", "cpu", started_at=0.0)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        job = minimizer._prepare(piece, None, work, torch.device("cpu"), 0)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in job.model.modules())

@@ -257,8 +257,6 @@ class Minimizer:
             model = place(model, device, channels_last=config.minimize.channels_last)
         else:
             model = self.networks.placed(config, full_set, start, device, place_in_pack=place_in_pack)
-        if self._syncs_batch_norm(device):
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         examples = full_set.training_batches(piece.positions(full_set), device=device, augment=True)
         if piece.by_train and self._stream and isinstance(examples, StreamedExamples):
             examples = self._stream(examples, config=config)
@@ -279,6 +277,8 @@ class Minimizer:
         newest, optimizer_state = self._run.newest_checkpoint(piece.folder), None
         if self._shard.num > 1:
             self._meet(piece, model, num_fetched_bytes=moved_bytes() - num_before)
+        if self._syncs_batch_norm(device):  # not before: the CPU, on which they try the network, cannot
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if piece.optimizer:
             directory, path = piece.optimizer
             optimizer_state, _ = self._optimizers.pop((directory.uri, path), (None, 0))
