@@ -4,7 +4,6 @@ for check in examine(config):
     print(check.ok, check.name, check.text)
 """
 
-import heapq
 import math
 import platform
 from collections.abc import Generator, Iterator
@@ -26,13 +25,13 @@ from raysubset.config import Config
 from raysubset.costs import bytes_in_words
 from raysubset.data import FullSet, load_full_set
 from raysubset.errors import one_line
-from raysubset.events import Event
+from raysubset.events import Event, Step
 from raysubset.fine_tuning.streaming import refuse_without_readers
 from raysubset.models import architecture
 from raysubset.pipeline.decisions import most_tuners, refuse_what_has_no_place
 from raysubset.pipeline.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
 from raysubset.pipeline.run_report import environment
-from raysubset.planning import Plan, actor_bytes, make_plan, workers_of_stages
+from raysubset.planning import Plan, actor_bytes, make_plan, planned_steps, workers_of_stages
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, Lease, RunDirectory
 from raysubset.subset_actors import memory_warning
 from raysubset.work.identity import identify
@@ -251,20 +250,14 @@ def _time(
         warning = memory_warning(num_bytes, speed.card_bytes, num_gpus=num_gpus, most_actors=slots)
         fits = f"the actors of a card fit in its {bytes_in_words(speed.card_bytes)}"
         yield Check("memory", warning is None, warning or fits)
-    per_s = speed.examples_per_s
-    seconds = math.ceil(training_s(config, plan, len(full_set.train), per_s=per_s, num_slots=slots))
-    text = f"one actor trains on {per_s:,.0f} examples/s: {plan.passes:.2f} passes in {timedelta(seconds=seconds)} "
-    yield Check("time", True, f"{text}h with {slots} at a time; start-up, evaluation and sharing a machine come on top")
+    per_s, num_train = speed.examples_per_s, len(full_set.train)
+    passes = sum(map(passes_in_turn, planned_steps(config, plan, num_train, slots)))
+    seconds = timedelta(seconds=math.ceil(passes * num_train / per_s))
+    text = f"one actor trains on {per_s:,.0f} examples/s: {plan.passes:.2f} passes in {seconds} h, {slots} at a time"
+    yield Check("time", True, f"{text}; start-up, evaluation and sharing a machine come on top")
 
 
-def training_s(config: Config, plan: Plan, num_train: int, *, per_s: float, num_slots: int) -> float:
-    """Return the seconds of training with `num_slots` actors at a time, each subset given to the first free one."""
-    if config.method == "conventional":
-        return plan.passes * num_train / per_s / config.conventional.num_workers
-    free_at = [0] * num_slots
-    for subset in plan.subsets:
-        heapq.heapreplace(free_at, free_at[0] + len(subset.indices))
-    subsets = config.rounds.num * config.minimize.epochs * max(free_at)
-    num_workers = config.fine_tuning.workers(auto=num_slots)
-    full_set_epochs = config.trunk.epochs / config.trunk.num_workers + config.fine_tuning.epochs / num_workers
-    return (subsets + full_set_epochs * num_train) / per_s
+def passes_in_turn(step: Step) -> float:
+    """Return the passes of a step that follow one another: subsets queue for actors, and workers share one piece."""
+    num_turns = math.ceil(step.num_pieces / step.num_at_once) if step.num_pieces > 1 else 1 / step.num_at_once
+    return step.passes / step.num_pieces * num_turns

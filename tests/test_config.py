@@ -314,7 +314,7 @@ INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation
         (INDEPENDENT | {"rounds.num": 2}, "subsets.start must be shared"),
         ({"rounds.num": 2, "minimize.optimizer": "lbfgs"}, "use sgd, adam or adamw"),
         ({"rounds.num": 2, "minimize.tolerance": 0.1}, "use it with rounds.num=1"),
-        ({"minimize.accumulation": 65}, r"65 parts need as many examples, but minimize.batch_size = 64: give at most"),
+        ({"minimize.accumulation": 65}, "minimize.accumulation = 65 exceeds minimize.batch_size = 64"),
         ({"minimize.optimizer": "cg", "minimize.clip_norm": 1.0}, "minimize.clip_norm is for steps on batches"),
         ({"subsets.num": 2, "actors.quorum": 3}, "actors.quorum = 3 exceeds subsets.num = 2"),
     ],

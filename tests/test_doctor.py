@@ -5,8 +5,8 @@ import pytest
 
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.doctor import Check, examine, training_s
-from raysubset.planning import make_plan
+from raysubset.doctor import Check, examine, passes_in_turn
+from raysubset.planning import make_plan, planned_steps
 from raysubset.report import read_report
 from raysubset.run_directory import CONFIG_PATH, FORMAT, REPORT_PATH, Lease, RunDirectory
 from raysubset.work.identity import identify
@@ -105,13 +105,14 @@ def test_time_counts_the_subsets_that_queue():
     config = config.with_overrides({"trunk.epochs": 1.0, "fine_tuning.epochs": 4.0, "fine_tuning.num_workers": 2})
     plan = make_plan(config, load_full_set(config.data))
     # 5 subsets on 2 slots are 3 turns; a trunk of one pass; 4 epochs by 2 workers
-    examples = 3 * 2 * (3 * 200) + 1294 + 4 * 1294 / 2
-    assert training_s(config, plan, 1294, per_s=100.0, num_slots=2) == pytest.approx(examples / 100)
+    passes = sum(map(passes_in_turn, planned_steps(config, plan, 1294, 2)))
+    assert passes == pytest.approx((3 * 2 * (3 * 200) + 1294 + 4 * 1294 / 2) / 1294)
     # a slot each: one turn
-    assert training_s(config, plan, 1294, per_s=1.0, num_slots=5) == pytest.approx(3 * 2 * 200 + 3 * 1294)
+    passes = sum(map(passes_in_turn, planned_steps(config, plan, 1294, 5)))
+    assert passes == pytest.approx((3 * 2 * 200 + 3 * 1294) / 1294)
 
 
 def test_time_of_a_conventional_run_is_its_passes_over_its_workers():
     config = Config(method="conventional").with_overrides({"conventional.epochs": 3.0, "conventional.num_workers": 2})
     plan = make_plan(config, load_full_set(config.data))
-    assert training_s(config, plan, 1294, per_s=100.0, num_slots=1) == pytest.approx(3 * 1294 / 100 / 2)
+    assert sum(map(passes_in_turn, planned_steps(config, plan, 1294, 1))) == pytest.approx(3 / 2)

@@ -13,8 +13,7 @@ from raysubset.run_directory.ledger import (
     Ledger,
     Work,
     by_stage,
-    critical_path_passes,
-    critical_path_s,
+    critical_path,
     total_cost,
 )
 from raysubset.training import Cost
@@ -250,12 +249,13 @@ class TestSums:
 
     def test_the_critical_path_takes_the_longest_subset_of_each_round_and_divides_by_workers(self):
         # trunk, subset 0 of round 0 with both attempts, aggregation, subset 1 of round 1, half the fine-tuning
-        assert critical_path_passes(WORKS, 300, 1 / 3) == pytest.approx(1 + 2 / 3 + 1 / 3 + 1 + 2 / 2)
+        passes = critical_path(WORKS, lambda work: work.cost.passes(300, 1 / 3) / work.num_workers)
+        assert passes == pytest.approx(1 + 2 / 3 + 1 / 3 + 1 + 2 / 2)
 
     def test_its_seconds_are_counted_the_same_way(self):
-        assert critical_path_s(WORKS) == 10 + (4 + 5) + 1 + 7 + 8
+        assert critical_path(WORKS, lambda work: work.wall_s) == 10 + (4 + 5) + 1 + 7 + 8
 
     def test_without_work_all_sums_are_zero(self):
         assert total_cost([]) == Cost()
-        assert critical_path_passes([], 300, 1 / 3) == critical_path_s([]) == 0
+        assert critical_path([], lambda work: work.wall_s) == 0
         assert by_stage([]) == {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,12 @@ from raysubset.run_directory import (
     RunDirectory,
     aggregate_path,
     aggregate_weights_path,
+    ledger,
     minimum_folder,
     minimum_path,
     weights_path,
 )
-from raysubset.run_directory.ledger import Work, critical_path_s
+from raysubset.run_directory.ledger import Work
 from raysubset.subset_actors import Backlog
 from raysubset.training import Weights, minimize, why_not_packed
 from raysubset.work import AggregatePiece, cut_subsets, round_spans, seeded_model
@@ -300,15 +302,16 @@ def test_an_aggregate_is_on_the_critical_path_where_it_is_waited_for() -> None:
     works += [leg("subsets", round, subset, s) for round in range(3) for subset, s in enumerate((4.0, 5.0))]
     quick = [leg("aggregation", round, None, 3.0) for round in range(3)]
     slow = [leg("aggregation", round, None, 9.0) for round in range(3)]
-    assert critical_path_s([*works, *quick]) == 3 + 3 * (5 + 3)
-    assert critical_path_s([*works, *quick], overlap=True) == 3 + 3 * 5 + 3
-    assert critical_path_s([*works, *slow], overlap=True) == 3 + 5 + 3 * 9
+    path_s = partial(ledger.critical_path, length=lambda work: work.wall_s)
+    assert path_s([*works, *quick]) == 3 + 3 * (5 + 3)
+    assert path_s([*works, *quick], overlap=True) == 3 + 3 * 5 + 3
+    assert path_s([*works, *slow], overlap=True) == 3 + 5 + 3 * 9
     drawn = list(Drawing(config_of(rounds__num=3, trunk__epochs=1.0), "legs", (60, 60)).legs())
     for aggregates in (quick, slow):
         lengths = {(work.stage, work.subset): work.wall_s for work in (*works, *aggregates)}
         stages = {leg: "aggregation" if leg.kind == "aggregate" else leg.stage for leg in drawn}
         graph = critical_path(drawn, lambda leg, s=lengths, of=stages: s[of[leg], leg.subset])
-        assert graph + 1 == critical_path_s([*works, *aggregates], overlap=True)
+        assert graph + 1 == path_s([*works, *aggregates], overlap=True)
 
 
 def test_bytes_on_the_critical_path_are_those_of_the_longer_chain() -> None:

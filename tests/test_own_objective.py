@@ -84,7 +84,7 @@ def test_one_that_does_not_fit_is_refused_in_a_line(function, message):
     [
         (
             {"minimize.optimizer": "cg"},
-            "objective is for steps on batches, and cg uses the whole subset .* use sgd",
+            "objective is for steps on batches, and cg uses the whole subset: use sgd",
         ),
         ({"fine_tuning.distillation": 0.5}, "leave one of them out"),
         ({"minimize.objective": "mixup"}, "should be package.module:function; the task's losses are task.loss"),

@@ -592,7 +592,7 @@ REFUSED = [
     ({"minimize.averaging.kind": "swa"}, "swa would average 1 epoch.s. in the stage trunk, of 1 epochs"),
     (
         {"minimize.averaging.kind": "ema", "fine_tuning.keep": "best"},
-        "keep=best chooses among epochs, but minimize.averaging.kind=ema averages",
+        "keep=best chooses among epochs, but ema averages",
     ),
     (
         {"minimize.skipping.kind": "wus", "minimize.optimizer": "lbfgs"},

@@ -187,10 +187,10 @@ def test_looking_changes_no_bits(full_set: FullSet, start: Weights, tmp_path: Pa
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ({"minimize.optimizer": "lbfgs", "minimize.validate_every": 1}, "validates after each iteration"),
-        ({"minimize.patience": 2, "minimize.averaging.kind": "swa"}, "leave one of them out"),
+        ({"minimize.optimizer": "lbfgs", "minimize.validate_every": 1}, "validate_every is for steps on batches"),
+        ({"minimize.patience": 2, "minimize.averaging.kind": "swa"}, "leave one out"),
         ({"minimize.patience": 2, "rounds.num": 3}, "minimize.patience cuts a schedule that spans all rounds"),
-        ({"minimize.patience": 2, "subsets.per_actor": 2}, "without measuring them in between"),
+        ({"minimize.patience": 2, "subsets.per_actor": 2}, "trains without measuring"),
         ({"minimize.validate_every": 0}, "minimize.validate_every = 0 must be at least 1"),
     ],
 )

@@ -36,10 +36,8 @@ QUICK: dict[str, Any] = {  # the options of `compare --quick`
     "arms": ("B", "D", "G", "H"),
 }
 
-_WAYS_OUT = {
-    (errno.ENOSPC, errno.EDQUOT): "make room there: finished work is kept, and the same command resumes",
-    (errno.EROFS, errno.EACCES, errno.EPERM): "choose a place that you may write to",
-}
+_WAYS_OUT = dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose a place that you may write to")
+_WAYS_OUT |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; make room there: the same command then resumes")
 
 STARTING = f"raysubset {__version__} starts: torch and Ray are loaded"
 
@@ -147,8 +145,8 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
             _error(f"this machine has too little memory for that ({first_line(error)}): {smaller}")
             return MISTAKE
         logging.getLogger(__name__).debug("failed", exc_info=True)
-        text = one_line(error) if is_of_full_card(error) else f"{type(error).__name__}: {error}{_way_out(error)}"
-        _error(text)
+        way_out = next((text for number, text in _WAYS_OUT.items() if f"[Errno {number}]" in str(error)), "")
+        _error(one_line(error) if is_of_full_card(error) else f"{type(error).__name__}: {error}{way_out}")
         return FAILED
     except Exception as error:
         if not type(error).__module__.startswith("ray."):
@@ -158,14 +156,6 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
         return FAILED
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _way_out(error: Exception) -> str:
-    """Return the way out of a storage error, raised by the driver or by an actor; else ''."""
-    for numbers, way_out in _WAYS_OUT.items():
-        if any(f"[Errno {number}]" in str(error) for number in numbers):
-            return f"; {way_out}"
-    return ""
 
 
 def _reported(

@@ -179,10 +179,7 @@ class MinimizeConfig(Part, prefix="minimize."):
         if self.gradient_tolerance is not None and not whole:
             yield f"minimize.gradient_tolerance is for {', '.join(WHOLE_SUBSET)}: leave it out with {optimizer}"
         if self.patience and averaging.kind != "none" and not averaging.restarts():
-            yield (
-                f"minimize.patience chooses among epochs, but minimize.averaging.kind={averaging.kind} averages over "
-                "them: leave one of them out"
-            )
+            yield f"minimize.patience chooses among epochs, but {averaging.kind} averages over them: leave one out"
         of_batches = {  # what only steps on batches have
             "validate_every": self.validate_every is not None,
             "accumulation": self.accumulation != 1,
@@ -195,30 +192,20 @@ class MinimizeConfig(Part, prefix="minimize."):
         }
         for name, is_set in (of_batches | of_our_loop).items():
             if whole and is_set:
-                more = " (with minimize.patience it validates after each iteration)" if name == "validate_every" else ""
-                yield (
-                    f"minimize.{name} is for steps on batches, and {optimizer} uses the whole subset for every "
-                    f"step{more}: leave it out, or use sgd, adam, adamw or muon"
-                )
+                yield f"minimize.{name} is for steps on batches, and {optimizer} uses the whole subset: use sgd or adam"
         own_optimizer_or_whole = {"optimizer": whole or self.has_own_optimizer, "patience": bool(self.patience)}
         for name, is_set in (own_optimizer_or_whole | of_our_loop).items():
             if self.loop and is_set:
                 yield f"minimize.{name} is for the built-in loop, which {self.loop} replaces: leave one of them out"
         if self.accumulation > self.batch_size:
-            yield (
-                f"minimize.accumulation = {self.accumulation} parts need as many examples, but minimize.batch_size = "
-                f"{self.batch_size}: give at most that"
-            )
+            yield f"minimize.accumulation = {self.accumulation} exceeds minimize.batch_size = {self.batch_size}"
         if optimizer in ("gauss_newton", "levenberg_marquardt") and self.peak_learning_rate() > 1:
             yield f"learning_rate = {self.learning_rate}: {optimizer} takes that share of its full step, at most 1"
         if whole and self.precision in ("bfloat16", "float16"):
             yield f"{optimizer} needs a more precise loss than {self.precision}: set --minimize.precision=float32"
         kind = f"minimize.extrapolation.kind={extrapolation.kind}"
         if self.precision == "float16" and extrapolation.kind != "none":
-            yield (
-                f"{kind} uses gradients of other steps, which float16 scales differently: set --minimize.precision to "
-                "float32 or bfloat16"
-            )
+            yield f"{kind} uses gradients of other steps, which float16 scales differently: use float32 or bfloat16"
         if extrapolation.kind != "none" and optimizer != "sgd":
             yield f"{kind} is defined for sgd's update, not for minimize.optimizer={optimizer}: leave it out"
         if extrapolation.accelerated and not self.momentum:
@@ -226,10 +213,8 @@ class MinimizeConfig(Part, prefix="minimize."):
         if averaging.kind in ("pswa", "pwalks", "pswm"):
             least = 2 if averaging.kind == "pswa" else 1
             if averaging.period > (most := self.epoch_fraction / least):
-                yield (
-                    f"minimize.averaging.period = {averaging.period:g} epochs: {averaging.kind} averages at least "
-                    f"{least} sample(s) at the end of each epoch: give at most {most:g}"
-                )
+                text = f"minimize.averaging.period = {averaging.period:g} epochs: {averaging.kind} takes at least"
+                yield f"{text} {least} sample(s) an epoch: give at most {most:g}"
 
     def peak_learning_rate(self) -> float:
         """Return the learning rate, or the optimizer's default.
@@ -241,8 +226,7 @@ class MinimizeConfig(Part, prefix="minimize."):
             return self.learning_rate
         if self.has_own_optimizer:
             raise ValueError(
-                f"only a known minimize.learning_rate can be scaled or tuned, and {self.optimizer} chooses its own: "
-                "give minimize.learning_rate"
+                f"{self.optimizer} chooses a rate that cannot be scaled or tuned: give minimize.learning_rate"
             )
         return _LEARNING_RATES[self.optimizer]
 

@@ -71,15 +71,9 @@ class Config(Part):
         loop = self.minimize.whole_loop
         on_full_set = self.method == "conventional" or self.trunk.epochs or self.fine_tuning.epochs
         if loop and self.data.streamed and on_full_set:
-            yield (
-                f"{loop} needs all examples in memory, and data.streamed holds none: use sgd, adam or adamw, or set "
-                "trunk.epochs and fine_tuning.epochs to 0"
-            )
+            yield f"{loop} needs all examples in memory, and data.streamed holds none: use sgd, or no full-set stage"
         if self.subsets.per_actor > 1 and (self.minimize.patience or self.minimize.validate_every):
-            yield (
-                f"subsets.per_actor = {self.subsets.per_actor} trains subsets together, without measuring them in "
-                "between: leave minimize.patience and minimize.validate_every out"
-            )
+            yield "subsets.per_actor trains without measuring: leave out minimize.patience and validate_every"
         usual_noise = self.data.name in ("cifar10", "cifar100")
         is_noisy = usual_noise if self.data.augmentation == "auto" else self.data.augmentation != "none"
         if self.minimize.optimizer in WHOLE_SUBSET and is_noisy:
@@ -94,15 +88,9 @@ class Config(Part):
             return
         state, loop = self.rounds.optimizer_state, self.minimize.whole_loop
         if loop and state != "reset":
-            yield (
-                f"rounds.num > 1 keeps optimizer states while subsets change, and {loop} has no state that can be "
-                "kept: set rounds.optimizer_state=reset, or use sgd, adam or adamw"
-            )
+            yield f"{loop} has no rounds.optimizer_state to keep: set it to reset, or use sgd, adam or adamw"
         if self.minimize.has_own_optimizer and state == "average":
-            yield (
-                f"rounds.optimizer_state=average averages moments, and {self.minimize.optimizer}'s state may hold "
-                "more: set keep or reset"
-            )
+            yield f"rounds.optimizer_state=average knows no state of {self.minimize.optimizer}: set keep or reset"
         for reason, is_set in (
             ("rounds.optimizer_state=average needs all members of the last round", state == "average"),
             ("actors.quorum loses members, and each starts from its own minimum", self.actors.quorum is not None),
@@ -128,16 +116,11 @@ class Config(Part):
                 continue
             averaging = self.stage(stage, epochs=epochs).averaging  # stage() refuses what does not fit its rate
             if averaging.kind == "swa" and (num := averaging.num_epochs_averaged(epochs)) <= 1:
-                yield (
-                    f"minimize.averaging.kind=swa would average {num} epoch(s) in the stage {stage}, of {epochs:g} "
-                    "epochs: name other stages in minimize.averaging.stages, or lower minimize.averaging.swa_start"
-                )
+                text = f"swa would average {num} epoch(s) in the stage {stage}, of {epochs:g} epochs"
+                yield f"{text}: name others in minimize.averaging.stages, or lower minimize.averaging.swa_start"
         averaging, tuning = self.minimize.for_stage("fine_tuning").averaging, self.fine_tuning
         if tuning.keep == "best" and tuning.epochs and averaging.kind != "none" and not averaging.restarts():
-            yield (
-                f"fine_tuning.keep=best chooses among epochs, but minimize.averaging.kind={averaging.kind} averages "
-                "over them: set fine_tuning.keep=last, or leave fine_tuning out of minimize.averaging.stages"
-            )
+            yield f"fine_tuning.keep=best chooses among epochs, but {averaging.kind} averages over them: use last"
         objective, loop = self.minimize.objective, self.minimize.whole_loop
         for is_set, why in (
             (self.method == "conventional", "learns from minima, which method=conventional does not have: set it to 0"),

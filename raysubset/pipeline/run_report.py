@@ -18,8 +18,7 @@ from raysubset.run_directory.ledger import (
     Stage,
     Work,
     by_stage,
-    critical_path_passes,
-    critical_path_s,
+    critical_path,
     total_cost,
 )
 from raysubset.training import Metrics
@@ -153,14 +152,16 @@ def cost_record(
         total = total_cost(some)
         return {
             "passes": total.passes(num_train, forward_share),
-            "critical_path_passes": critical_path_passes(some, num_train, forward_share, overlap=overlap),
+            "critical_path_passes": critical_path(
+                some, lambda work: work.cost.passes(num_train, forward_share) / work.num_workers, overlap=overlap
+            ),
             "num_steps": total.num_steps,
             "device_s": total.device_s,
         }
 
     return sums(works) | {
         "lost_passes": total_cost(work for work in works if work.outcome in LOST).passes(num_train, forward_share),
-        "critical_path_s": critical_path_s(works, overlap=overlap),
+        "critical_path_s": critical_path(works, lambda work: work.wall_s, overlap=overlap),
         "num_network_bytes": sum(work.num_network_bytes for work in works),
         **({"lacking": list(lacking)} if lacking else {}),
         "stages": [

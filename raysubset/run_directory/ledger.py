@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -77,7 +77,7 @@ class Work:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"cost": self.cost.to_dict()}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, record: Any) -> "Work":
@@ -231,32 +231,12 @@ def by_stage(works: Iterable[Work]) -> dict[Stage, list[Work]]:
     return dict(stages)
 
 
-def critical_path_passes(
-    works: Iterable[Work], num_train: int, forward_share: float, *, overlap: bool = False
-) -> float:
-    """Return the passes on the critical path, as if every subset had its own device; n workers share a stage's work.
+def critical_path(works: Iterable[Work], length: Callable[[Work], float], *, overlap: bool = False) -> float:
+    """Return the sum of lengths over stages and rounds, as if every subset had its own device. Waiting is left out.
 
-    Args:
-        overlap: whether members start a round before the last is aggregated (rounds.overlap).
-    """
-
-    def length(work: Work) -> float:
-        return work.cost.passes(num_train, forward_share) / work.num_workers
-
-    return _critical_path(works, length, overlap=overlap)
-
-
-def critical_path_s(works: Iterable[Work], *, overlap: bool = False) -> float:
-    """Return the seconds of work on the critical path, as if every subset had its own device. Waiting is left out."""
-    return _critical_path(works, lambda work: work.wall_s, overlap=overlap)
-
-
-def _critical_path(works: Iterable[Work], length: Callable[[Work], float], *, overlap: bool) -> float:
-    """Return the sum of lengths over stages and rounds. Of a round's subsets only the longest counts.
-
-    Attempts of one subset add up, and so do its minimum and the minimum on its subsample. If rounds overlap, a member
-    waits for its own minimum of the round before and for the aggregate before the last, and an aggregate for its
-    members and for the aggregate before it, each with its own device.
+    Of a round's subsets only the longest counts. Attempts of one subset add up, and so do its minimum and the minimum
+    on its subsample. If rounds overlap (rounds.overlap), a member waits for its own minimum of the round before and for
+    the aggregate before the last, and an aggregate for its members and for the aggregate before it.
     """
     alone = 0.0
     members: dict[int, dict[int | None, float]] = defaultdict(lambda: defaultdict(float))
