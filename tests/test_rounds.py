@@ -38,6 +38,7 @@ from raysubset.subset_actors import Backlog, Pack, SubsetFailed
 from raysubset.tasks import Spec
 from raysubset.training import Weights, learning_rate_at, why_not_packed
 from raysubset.work import AggregatePiece, Minimizer, Piece, Run, leave_aggregate, round_spans, seeded_model
+from raysubset.work import pieces as pieces_of_work
 from tests.test_matrix import InProcess, cached
 from tests.tiny import same_bits
 
@@ -215,6 +216,7 @@ class Processes(InProcess):
             number = piece.subset_id if isinstance(piece, Piece) else None
             self._storage.process = f"actor {number or 0}"
             self._patch.setattr(stored, "RECENT", self._recent[number or 0])
+            self._patch.setattr(pieces_of_work, "_NEWEST", pieces_of_work._Newest())
             taken_bytes()
             if isinstance(piece, AggregatePiece):
                 record: Any = leave_aggregate(self.opened.full_set, 0, piece, start, node="here")[1]
@@ -366,8 +368,9 @@ def test_rounds_of_sent_differences_end_near_those_of_weights(tmp_path: Path, se
     "overrides",
     [
         {"rounds.optimizer_state": "average", "minimize.optimizer": "adamw"},
-        {"rounds.send": "int8"},
-        {"rounds.overlap": True, "rounds.num": 3, "rounds.send": "int8"},
+        {"rounds.send": "int8", "rounds.num": 5},
+        {"rounds.send": "bfloat16", "rounds.num": 4, "rounds.outer_momentum": 0.0, "rounds.evaluate_every": 3},
+        {"rounds.overlap": True, "rounds.num": 5, "rounds.send": "int8"},
         {"aggregation.method": "savgm", "rounds.lengths": "quadratic", "minimize.schedule": "cosine"},
         {"aggregation.method": "savgm", "rounds.optimizer_state": "average"},
         {"aggregation.method": "aligned_soup", "subsets.start": "independent", "rounds.num": 1},

@@ -1,7 +1,7 @@
 """aggregate() runs the configured method, and measures what is always reported with it, on one device."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,35 +145,42 @@ def aggregate_round(
     seed: int = 0,
     measures: Collection[Measure] = MEASURES,
     quality: Quality,
+    send: Callable[[Weights], Weights] | None = None,
 ) -> tuple[Aggregation, Weights]:
-    """Run aggregate(), then the outer step if the config has one. After the step, statistics and metrics are new.
+    """Run aggregate(), then the outer step if the config has one. After these, statistics and metrics are new.
 
     Args:
         start: the weights that this round's minima started from.
         momentum: of the outer step, as the last round returned it; empty in the first round.
         measures: what the aggregate is measured on. Without "validation" weights are only combined, without any forward
             work but the method's own.
+        send: takes the weights and returns them as readers will have them, rounded; None: as they are.
 
     Returns:
         The aggregation, and the momentum for the next round, which is empty without an outer step.
     """
     has_outer_step, on_training = config.rounds.has_outer_step(), "training" in measures
+    is_final = not (has_outer_step or send)
     if "validation" in measures:
-        options: dict[str, Any] = {"seed": seed, "measure_training": on_training and not has_outer_step}
+        options: dict[str, Any] = {"seed": seed, "measure_training": on_training and is_final}
         aggregation = aggregate(minima, config.aggregation, scorer, start=start, quality=quality, **options)
     else:
         combined = combine(minima, config.aggregation, scorer, start=start, seed=seed)
         aggregation = Aggregation(combined, scorer.cost(), dict.fromkeys(("loss", quality.name)))
-    if not has_outer_step:
+    if is_final:
         return aggregation, {}
-    weights, momentum = outer_step(
-        start,
-        aggregation.aggregate.weights,
-        momentum,
-        learning_rate=config.rounds.outer_learning_rate,
-        momentum_factor=config.rounds.momentum,
-        parameter_names=scorer.parameter_names,
-    )
+    weights = aggregation.aggregate.weights
+    if has_outer_step:
+        weights, momentum = outer_step(
+            start,
+            weights,
+            momentum,
+            learning_rate=config.rounds.outer_learning_rate,
+            momentum_factor=config.rounds.momentum,
+            parameter_names=scorer.parameter_names,
+        )
+    if send:
+        weights = send(weights)
     if "validation" in measures:
         weights = scorer.refreshed(weights)
         training = scorer.training(weights) if on_training else None

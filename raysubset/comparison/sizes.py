@@ -16,7 +16,7 @@ from raysubset.planning import Plan
 from raysubset.run_directory import FROZEN_FOLDER, RunDirectory, optimizer_path, weights_path
 from raysubset.run_directory.ledger import Ledger
 from raysubset.training import Weights, ensemble_positions, num_steps_per_epoch
-from raysubset.work import Minimizer, Piece, fixed_weights, seeded_model
+from raysubset.work import Minimizer, Piece, fixed_weights, seeded_model, zeros_of
 
 _WITH_RATES = ("sgd", "adam", "adamw", "muon")
 _FEW = 8  # examples of the one member's subset
@@ -66,7 +66,10 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
             for tensors in (weights, {name: weights[name] for name in names}, {"outputs": torch.zeros(shape)})
         )
         frozen = sum(_size(directory, path) for path in directory.list(FROZEN_FOLDER))
-        last = whole
+        last, sent_momentum = whole, momentum
+        if rounds.send != "float32":
+            sent = to_differences(zeros := zeros_of(weights, names), zeros, names, rounds.send)
+            sent_momentum = _written_size(directory, sent)
         if rounds.overlaps:
             end = from_differences(piece.output.weights(), weights)
             last = _written_size(directory, to_differences(end, weights, names, "difference"))
@@ -76,22 +79,28 @@ def sizes_of(config: Config, full_set: FullSet, plan: Plan) -> Sizes:
     drawing = plan.drawing(config, None)
 
     first = plan.num_bytes * (config.subsets.start == "shared")
-    starts = (first, 0 if rounds.overlaps else whole, whole)  # by round; members have the first one's already
+
+    def start_size(number: int) -> int:
+        if number <= rounds.overlaps:  # members that overlap begin twice at the first start, and have it then
+            return 0 if number else first
+        return whole if rounds.sends_whole(number - 1 - rounds.overlaps) else minimum
 
     def exchange(number: int) -> Exchange:
-        is_last, epochs = number + 1 == rounds.num, drawing.members(number, FRESH, ())[0].epochs
+        is_whole, is_last = rounds.sends_whole(number), number + 1 == rounds.num
+        epochs = drawing.members(number, FRESH, ())[0].epochs
         interval = max(1, round(config.actors.checkpoint_epochs * steps))
         num_checkpoints = max(0, round(epochs * steps) - 1) // interval
         predicted = outputs * rounds.evaluated(number)
         return Exchange(
             num_members=num,
-            start=starts[min(number, 2)],
+            start=start_size(number),
             shared=(last if is_last else minimum) + statistics + predicted,
             own=(0 if is_last else state)
             + frozen * (number == 0)
             + num_checkpoints * checkpoint
             + predicted * has_parts,
-            aggregate=whole + momentum * rounds.has_outer_step(),
+            aggregate=(whole if is_whole else minimum)
+            + (momentum if is_whole else sent_momentum) * rounds.has_outer_step(),
             states=state * (is_averaged + (has_parts and rounds.optimizer_state != "reset")) * (number > 0),
             averaged=(num + 1) * state * (is_averaged and not is_last),
             is_first=number == 0,

@@ -9,6 +9,7 @@ AGGREGATIONS = (
     *("uniform_soup", "weighted_soup", "greedy_soup", "select_best", "fisher", "regmean", "ties", "dare", "savgm"),
     *("aligned_soup", "auto"),
 )
+WHOLE_EVERY = 16  # rounds, of which the first's aggregate is sent in full
 
 
 class TrunkConfig(Part, prefix="trunk."):
@@ -43,8 +44,8 @@ class RoundsConfig(Part, prefix="rounds."):
     rounds can cost more to measure than to train. Batch-norm statistics are recomputed only in measured rounds."""
     send: Literal["float32", "bfloat16", "int8"] = "float32"
     """What members send in all rounds but the last: float32: their weights; bfloat16: differences from the round's
-    start in 16 bits; int8: in 8 bits with a scale for each tensor. Below 32 bits they leave optimizer states in 16. The
-    start is sent to them in full."""
+    start in 16 bits; int8: in 8 bits with a scale for each tensor. Below 32 bits they leave optimizer states in 16.
+    Aggregates and the outer step's momentum are sent likewise, but for one in 16, the first and the last."""
     overlap: bool = False
     """Let members start a round before the last one is aggregated: from the aggregate before that, plus the member's
     own displacement in the last round (averages come a round late: DaSGD, arXiv:2006.00441)."""
@@ -66,6 +67,11 @@ class RoundsConfig(Part, prefix="rounds."):
 
     def has_outer_step(self) -> bool:
         return (self.outer_learning_rate, self.momentum) != (1.0, 0.0)
+
+    def sends_whole(self, round: int) -> bool:
+        """Return True if the aggregate of the round (counted from 0) is sent in full, and False if as differences from
+        the one before. A process that joins reads all since the last that is whole."""
+        return self.send == "float32" or round % WHOLE_EVERY == 0 or round + 1 == self.num
 
     def evaluated(self, round: int) -> bool:
         """Return True if the minima and the aggregate of the round (counted from 0) are measured."""

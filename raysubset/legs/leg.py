@@ -185,6 +185,7 @@ class Leg:
             parts=tuple(member._minimization() for member in self.members if member.is_subsample),
             start=start,
             momentum=momentum,
+            send="float32" if self.config.rounds.sends_whole(self.round) else self.config.rounds.send,
             averages_optimizers=self._has_next_round and self.config.rounds.optimizer_state == "average",
             measures=self.measures,
             lists_minima=not isinstance(self.place, str),
@@ -216,6 +217,15 @@ class Leg:
     def inputs(self) -> "tuple[Leg, ...]":
         """Return the legs that must be done before it."""
         return (*self.start.legs, *self.members, *([self.predecessor] if self.predecessor else ()))
+
+    @property
+    def bases(self) -> "Iterator[Leg]":
+        """Yield the aggregates from which that of its start differs, back to one that is whole."""
+        leg = self.start.leg
+        while leg and leg.kind == "aggregate" and not leg.config.rounds.sends_whole(leg.round):
+            leg = leg.start.leg
+            assert leg is not None
+            yield leg
 
     @property
     def told_stage(self) -> str:

@@ -89,7 +89,7 @@ class LegRunner:
             self._tell(Note(f"{num_done} of {len(legs)} legs are already there"))
         if not todo:
             return
-        needs = {name: {name_of(needed.piece) for needed in leg.inputs} for name, leg in todo.items()}
+        needs = {name: {name_of(needed.piece) for needed in (*leg.inputs, *leg.bases)} for name, leg in todo.items()}
         backlog = Backlog([Pack((leg.piece,)) for leg in todo.values()], needs)
         for piece, result in self._actors().results(backlog, keep=math.inf):
             leg = todo[name_of(piece)]

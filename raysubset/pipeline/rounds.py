@@ -224,8 +224,11 @@ class Rounds:
         if keep is not None and (old_round := round - max(keep, 1)) >= 0:
             self._delete_minima(old_round)
             if old_round:
-                for path in (aggregate_weights_path(old_round - 1), momentum_path(old_round - 1)):
-                    directory.delete(path)
+                directory.delete(momentum_path(old_round - 1))
+            sends_whole, earlier = self._config.rounds.sends_whole, old_round - 1
+            while sends_whole(old_round) and earlier >= 0:  # no aggregate differs from these any more
+                directory.delete(aggregate_weights_path(earlier))
+                earlier = -1 if sends_whole(earlier) else earlier - 1
 
     def finish(self) -> None:
         """Delete the last round's minima if rounds.keep_minima is 0. The aggregate's record includes theirs."""

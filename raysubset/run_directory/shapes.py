@@ -35,6 +35,7 @@ _AGGREGATION = (
 )
 _OF_REPORT = _MINIMUM | {"overdetermination_ratio": _NUMBER}
 _ROUND = {"round": int, "aggregation": _AGGREGATION, "minima": [_OF_REPORT], "subsamples?": [_MINIMUM]}
+_BASE = _all(str, "record weights seal name?")
 _PAID = _all(_NUMBER, "passes critical_path_passes device_s")
 _STAGE_PAID = _PAID | {"stage": str, "wall_s": _NUMBER} | _all(int, "num_attempts num_lost")
 _COSTS = _PAID | _all(_NUMBER, "lost_passes critical_path_s num_steps num_network_bytes")
@@ -113,7 +114,7 @@ _LEASE = (
 _SHAPES = {
     "*minimum.json": _STAGE,
     "*rounds/*/minimum.json": _MINIMUM,
-    "*aggregate.json": {"round": int, "aggregation": _AGGREGATION, "minima?": [_OF_REPORT]},
+    "*aggregate.json": {"round": int, "aggregation": _AGGREGATION, "minima?": [_OF_REPORT], "base?": _BASE},
     "*history.json": [_EPOCH],
     "*report.json": _REPORT,
     "*sweep.json": _SWEEP,

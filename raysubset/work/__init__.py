@@ -25,6 +25,7 @@ from raysubset.work.pieces import (
     TestPiece,
     TrialPiece,
     perturbed,
+    zeros_of,
 )
 from raysubset.work.run import Run
 from raysubset.work.spans import round_spans

@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 
-from raysubset.aggregation import Aggregation, Scorer, aggregate_round, mean_optimizer_state
+from raysubset.aggregation import (
+    Aggregation,
+    Scorer,
+    aggregate_round,
+    from_differences,
+    mean_optimizer_state,
+    to_differences,
+)
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
 from raysubset.models import averaged_names, new_model, num_parameters
@@ -15,7 +22,7 @@ from raysubset.subsets import overdetermination_ratio
 from raysubset.training import Weights, device_name, place, use_device
 from raysubset.work.cutting import calibration_examples
 from raysubset.work.networks import Networks
-from raysubset.work.pieces import AggregatePiece, Piece
+from raysubset.work.pieces import AggregatePiece, Piece, zeros_of
 from raysubset.work.starting import fixed_weights, unchanged_names
 
 
@@ -58,19 +65,35 @@ def leave_aggregate(
         members = zip(piece.members, records, piece.parts or (None,) * len(records), strict=True)
         averaged = averaged_names(model)
         options: dict[str, Any] = {"start": start, "averaged": averaged}
+        names, sent = scorer.parameter_names, Weights()
+
+        def send(weights: Weights) -> Weights:
+            """Round the trainable parameters to what is sent of them."""
+            parameters = {name: weights[name] for name in names}
+            sent.update(to_differences(parameters, start, names, piece.send))
+            return weights | from_differences(sent, {name: start[name] for name in names})
+
         aggregation, momentum = aggregate_round(
             [member.minimum(record, part, **options) for member, record, part in members],
             config,
             scorer,
             start=start,
-            momentum=piece.momentum.weights() if piece.momentum else {},
+            momentum=piece.last_momentum(names, start),
             seed=derive_seed(config.seed, "aggregation", round),
             measures=piece.measures,
             quality=full_set.quality,
+            send=None if piece.send == "float32" else send,
         )
-        path = piece.output.weights_path
-        weights = aggregation.aggregate.weights
-        files = directory.write_apart(path, weights, unchanged_names(weights, fixed_weights(start, averaged)))
+        path, weights = piece.output.weights_path, aggregation.aggregate.weights
+        record: dict[str, Any] = {"round": round}
+        if piece.send == "float32":
+            files = directory.write_apart(path, weights, unchanged_names(weights, fixed_weights(start, averaged)))
+        else:
+            assert piece.start is not None
+            rest = {name: weights[name] for name in weights.keys() - set(names)}
+            files = {path: directory.write_weights(path, sent | to_differences(rest, start, (), piece.send))}
+            momentum = momentum and to_differences(momentum, zeros_of(start, names), names, piece.send)
+            record["base"] = piece.start.as_base(directory)
         if momentum:
             files[momentum_path(round)] = directory.write_weights(momentum_path(round), momentum)
         if piece.averages_optimizers:
@@ -85,7 +108,7 @@ def leave_aggregate(
                 ratio = overdetermination_ratio(minimum["num_examples"], num_outputs, num)
                 minimum["overdetermination_ratio"] = ratio
             listed = {"minima": records} | ({"subsamples": part_records} if part_records else {})
-        record = {"round": round, **listed, "aggregation": aggregation.to_dict(), "files": files}
+        record |= {**listed, "aggregation": aggregation.to_dict(), "files": files}
         close(aggregation.cost)
         directory.write_json(piece.output.record_path, record)
     return aggregation, record

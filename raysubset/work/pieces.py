@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from raysubset.aggregation import Minimum, Send, from_differences, shrink_perturb
 from raysubset.config import Config, TrainingStage
 from raysubset.data import FullSet
+from raysubset.errors import CorruptFile
 from raysubset.models import trainable_names
 from raysubset.run_directory import (
     RunDirectory,
@@ -48,12 +50,62 @@ class Output:
         return self.directory.read_json(self.record_path)["files"]
 
     def weights(self) -> Weights:
-        """Return the weights.
+        """Return the weights. If they are stored as differences from those of a base, they are added up.
 
         Raises:
-            CorruptFile: if they are damaged.
+            CorruptFile: if a file is damaged or gone, or the base is not what it was.
         """
+        return self._sum(self.directory.read_json(self.record_path))
+
+    def stored(self) -> Weights:
+        """Return what its file of weights holds: the weights, or differences."""
         return self.directory.read_weights(self.weights_path, self.files())
+
+    def as_base(self, directory: RunDirectory) -> dict[str, str]:
+        """Return how a record names it as its base.
+
+        Args:
+            directory: of that record, this one or one beside it.
+        """
+        base = {"record": self.record_path, "weights": self.weights_path, "seal": self.files()[self.weights_path]}
+        return base if directory.uri == self.directory.uri else base | {"name": self.directory.name}
+
+    def _sum(self, record: dict[str, Any]) -> Weights:
+        files, path = record["files"], self.weights_path
+        if (base := record.get("base")) is None:
+            return self.directory.read_weights(path, files)
+        if (weights := self._newest(files[path])) is None:
+            weights = from_differences(self.directory.read_weights(path, files), self._base_weights(**base))
+            _NEWEST.sum = (self.directory.uri, path, files[path]), weights
+        return {name: tensor.clone() for name, tensor in weights.items()}
+
+    def _newest(self, seal: Seal) -> Weights | None:
+        """Return its weights if this process added them up last."""
+        key, weights = _NEWEST.sum
+        return weights if key == (self.directory.uri, self.weights_path, seal) else None
+
+    def _base_weights(self, record: str, weights: str, seal: Seal, name: str = "") -> Weights:
+        directory = RunDirectory(self.directory.storage_path, name) if name else self.directory
+        base = Output(directory, record, weights)
+        if (newest := base._newest(seal)) is not None:
+            return newest
+        try:
+            base_record = directory.read_json(record)
+        except FileNotFoundError as error:
+            raise CorruptFile(record, f"{record} in {directory.uri} is gone, though later weights need it") from error
+        if base_record["files"].get(weights) != seal:
+            text = f"in {self.directory.uri} holds differences from {weights}, which is another file now"
+            raise CorruptFile(self.weights_path, f"{self.weights_path} {text}")
+        return base._sum(base_record)
+
+
+class _Newest:
+    """The last weights that this process added up, with directory, path and seal: those of the next round need them."""
+
+    sum: tuple[tuple[str, str, Seal] | None, Weights] = None, {}
+
+
+_NEWEST = _Newest()
 
 
 @dataclass(frozen=True)
@@ -143,7 +195,7 @@ class Piece:
         recursion would be e(r+1) = e(r) - e(r-1). On a quadratic loss an outer step of rate 1 and momentum m converges
         for any curvature, by at worst √m a round.
         """
-        return start if self.moved is None else from_differences(self.moved.weights(), start)
+        return start if self.moved is None else from_differences(self.moved.stored(), start)
 
     def minimum(
         self,
@@ -201,6 +253,7 @@ class AggregatePiece:
     parts: tuple[Piece, ...] = ()  # the members on a part of their subsets, in the same order, if savgm needs them
     start: Output | None = None  # the members' start, to which stored differences are added; None: given or seeded
     momentum: Output | None = None  # of the outer step, from the round before
+    send: Send = "float32"  # how its weights and its momentum are stored: whole, or as differences from the start
     averages_optimizers: bool = False  # it writes the mean of its members' optimizer states too
     measures: Collection[Measure] = MEASURES
     lists_minima: bool = False  # its record has its members' records
@@ -231,6 +284,13 @@ class AggregatePiece:
         if self.start is not None:
             return self.start.weights()
         return seeded_model(self.config, full_set).state_dict()
+
+    def last_momentum(self, names: Collection[str], start: Weights) -> Weights:
+        """Return the outer step's momentum after the round before; {} in the first."""
+        if self.momentum is None:
+            return {}
+        stored, record = self.momentum.stored(), self.momentum.directory.read_json(self.momentum.record_path)
+        return from_differences(stored, zeros_of(start, names)) if "base" in record else stored
 
 
 @dataclass(frozen=True)
@@ -283,6 +343,11 @@ class TrialPiece:
 
     def record(self) -> None:
         """Return None: a trial is repeated if its actor dies."""
+
+
+def zeros_of(weights: Weights, names: Collection[str]) -> Weights:
+    """Return what a momentum that is sent differs from."""
+    return {name: torch.zeros_like(weights[name]) for name in names}
 
 
 AnyPiece = Piece | AggregatePiece | TestPiece | TrialPiece
