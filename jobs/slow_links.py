@@ -119,6 +119,8 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "rounds-16": _rounds(16),
     "rounds-16-int8": _rounds(16) | {"rounds.send": "int8", "rounds.optimizer_state": "reset"},
+    "rounds-16-int8-overlap": _rounds(16)
+    | {"rounds.send": "int8", "rounds.optimizer_state": "reset", "rounds.overlap": True},
     "rounds-64": _rounds(64),
     "rounds-16-overlap": _rounds(16) | {"rounds.overlap": True},
     "rounds-64-overlap": _rounds(64) | {"rounds.overlap": True},
