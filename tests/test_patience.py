@@ -1,5 +1,6 @@
 """Storage that answers 503, or nothing: a server before moto's, and a file system that raises what pyarrow's do."""
 
+import gc
 import pickle
 import threading
 from collections.abc import Iterator
@@ -175,6 +176,15 @@ def test_storage_that_is_lost_before_a_run_is_no_mistake_of_the_user_s(monkeypat
         RunDirectory("s3://a:b@c/x?region=us-east-1", "run").check_writable()
     with pytest.raises(StorageLost):
         run(Config(name="run", storage_path="s3://a:b@c/x?region=us-east-1"))
+
+
+def test_a_file_that_is_left_before_it_is_closed_is_not_sent(tmp_path: Path) -> None:
+    filesystem = pafs.PyFileSystem(Patient(pafs.LocalFileSystem(), Patience("here")))
+    file = filesystem.open_output_stream(f"{tmp_path}/half", compression=None)
+    file.write(b"half of it")
+    del file
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_a_patient_file_system_does_not_have_is_missing(tmp_path: Path) -> None:

@@ -192,3 +192,5 @@ class _Written(io.BytesIO):
             content = self.getvalue()
             super().close()
             self._send(content)
+
+    def __del__(self) -> None: ...  # BytesIO's would close the file, and send as much as an exception has left of it
