@@ -27,6 +27,7 @@ CONFIG = Config().with_overrides(
 )
 LOCAL = CONFIG.with_overrides({"minimize.extrapolation.kind": "past_local"})  # each worker keeps a gradient of its own
 CONFIGS = {"plain": CONFIG, "local": LOCAL, "by the clock": CONFIG.with_overrides({"actors.checkpoint_s": 1e-9})}
+CONFIGS["one to validate"] = CONFIG.with_overrides({"data.validation_fraction": 0.0007})
 CONFIGS["local by the clock"] = LOCAL.with_overrides({"actors.checkpoint_s": 1e-9})
 DEATH = 11  # the step after which both workers die
 
@@ -37,7 +38,7 @@ def trunk(folder: Path, name: str) -> Piece:
 
 
 def minimize(piece: Piece, shard: Shard, attempt: int, *, dies: bool = False) -> object:
-    full_set = load_full_set(CONFIG.data)
+    full_set = load_full_set(piece.config.data)
     minimizer = Minimizer(lambda: full_set, num_gpus=0, node="there", shard=shard)
 
     def die(progress: Progress) -> None:
@@ -78,6 +79,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ends_and_entries(folder: Path, name: str) -> tuple[Weights, list[Work]]:
     piece = trunk(folder, name)
     return piece.output.weights(), Ledger(piece.directory).read()
+
+
+def test_workers_may_be_more_than_the_examples_that_they_validate_on(folder):
+    record = trunk(folder, "one to validate").record()
+    assert record is not None
+    for look in record["history"]:
+        validation = look["validation"]
+        assert (validation["num_examples"], validation["accuracy"]) in ((1, 0.0), (1, 1.0))
+    assert record["history"][-1]["validation"]["loss"] == pytest.approx(record["validation"]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -381,12 +381,12 @@ class Minimizer:
         if not (piece.by_train or recipe.validate_every or recipe.watched_patience()):
             return None
         num = len(full_set.validation)
-        positions = np.arange(shard.rank, num, shard.num) if shard.num > 1 else None
+        positions = np.arange(min(shard.rank, num - 1), num, shard.num) if shard.num > 1 else None
         examples = full_set.examples("validation", positions, device=job.examples.device)
 
         def validate() -> Metrics:
             job.validation_cost += Cost(num_forward=num)
-            return evaluate_together(job.model, examples, recipe, shard)
+            return evaluate_together(job.model, examples, recipe, shard, counts=shard.rank < num)
 
         watch = ValidationWatch(
             job.model,

@@ -51,8 +51,14 @@ def leaves_out(piece: Piece, model: nn.Module, recipe: MinimizeConfig, full_set:
     return bool(shard.sum(torch.tensor(float(may_leave_out), device=device)).item())
 
 
-def evaluate_together(model: nn.Module, examples: Examples, recipe: MinimizeConfig, shard: Shard) -> Metrics:
-    """Return metrics on the examples of all workers. Each scores its own, with the first one's running statistics."""
+def evaluate_together(
+    model: nn.Module, examples: Examples, recipe: MinimizeConfig, shard: Shard, *, counts: bool = True
+) -> Metrics:
+    """Return metrics on the examples of all workers. Each scores its own, with the first one's running statistics.
+
+    Args:
+        counts: False if another worker scores these too, because there are fewer examples than workers.
+    """
     if shard.num == 1:
         return evaluate(model, examples, recipe)
     for buffer in model.buffers():
@@ -61,7 +67,7 @@ def evaluate_together(model: nn.Module, examples: Examples, recipe: MinimizeConf
     device = examples.device if examples.device.type == "cuda" else "cpu"
 
     def total(value: Any) -> Tensor:
-        return shard.sum(torch.tensor(value, dtype=torch.float64, device=device))
+        return shard.sum(torch.tensor(value, dtype=torch.float64, device=device) * counts)
 
     sums = {
         name: (total(value).long() if name.startswith("num_") else total(value)).tolist()
