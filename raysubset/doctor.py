@@ -29,7 +29,7 @@ from raysubset.events import Event, Step
 from raysubset.fine_tuning.streaming import refuse_without_readers
 from raysubset.models import architecture
 from raysubset.pipeline.decisions import most_tuners, refuse_what_has_no_place
-from raysubset.pipeline.node_speeds import MeasuredSpeed, in_words, measure_speed, shares, weighted_slots
+from raysubset.pipeline.node_speeds import MeasuredSpeed, measure_speed
 from raysubset.pipeline.run_report import environment
 from raysubset.planning import Plan, actor_bytes, make_plan, planned_steps, workers_of_stages
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, Lease, RunDirectory
@@ -149,8 +149,6 @@ def _cluster(config: Config, full_set: FullSet | None, plan: Plan | None) -> Che
         if full_set is None or plan is None:
             yield Check("memory and time", None, "not checked: they depend on data and model")
             return True
-        if config.method == "subset_pretraining" and config.subsets.shares != "equal":
-            yield from _tried("subsets", _sizes(config, full_set, plan, num_gpus))
         num_bytes = yield from _tried("a forward pass in training mode", _memory(config, full_set, plan))
         if num_bytes is not None and slots is not None:
             time = _time(config, full_set, plan, num_gpus=num_gpus, slots=slots, num_bytes=num_bytes)
@@ -201,18 +199,6 @@ def _placement(config: Config, plan: Plan | None, num_gpus: float) -> Checks[int
     elif slots < max(num_workers.values(), default=0):
         yield Check("placement", None, "more Ray Train workers are requested than fit now: their stage will wait")
     return at_a_time
-
-
-def _sizes(config: Config, full_set: FullSet, plan: Plan, num_gpus: float) -> Checks[None]:
-    """Report the sizes of unequal subsets, as far as they are known without measuring."""
-    speeds = config.subsets.speeds()
-    if speeds is None:
-        yield Check("subsets", None, "their sizes will follow speed: a run times each kind of node that is up, once")
-        return
-    request, num = {"CPU": config.actors.num_cpus, "GPU": num_gpus}, len(plan.subsets)
-    slots = weighted_slots(node_types(), request, speeds, most=min(num, config.actors.max_num or num))
-    plan = make_plan(config, full_set, shares=shares(slots, num))
-    yield Check("subsets", None, in_words(slots, [len(subset.indices) for subset in plan.subsets]))
 
 
 def _memory(config: Config, full_set: FullSet, plan: Plan) -> Checks[int]:

@@ -25,13 +25,11 @@ def shown(uri: str) -> str:
     scheme, mark, remainder = uri.partition("://")
     if not mark:
         return uri
-    authority = re.split(r"[/?#]", remainder, maxsplit=1)[0]
-    user, host = _split_at_last_at(authority)
+    authority, user, host = _authority(remainder)
     if _NOT_A_PORT.search(host):  # the secret continues after what looks like the authority's end, or stands alone
-        user, remainder = _split_at_last_at(remainder) if "@" in remainder else (remainder, authority.partition(":")[0])
-    elif _is_ambiguous(remainder) or user:
-        path = remainder.partition("?")[0]
-        user = path.rpartition("@")[0]
+        user, _, remainder = remainder.rpartition("@") if "@" in remainder else (remainder, "", authority.split(":")[0])
+    elif user or _is_ambiguous(remainder):
+        user = remainder.partition("?")[0].rpartition("@")[0]
         remainder = remainder[len(user) + 1 :]
     container = user.partition(":")[0] if scheme in _CONTAINERS_BEFORE_AT else ""
     path, mark, query = remainder.partition("?")
@@ -43,24 +41,23 @@ def shown(uri: str) -> str:
     return f"{scheme}://{container}{'@' if container else ''}{path}{mark if options else ''}{'&'.join(options)}"
 
 
-def _split_at_last_at(text: str) -> tuple[str, str]:
-    """Return the texts before and after the last "@"; ("", text) if there is no "@"."""
-    head, _, tail = text.rpartition("@")
-    return head, tail
+def _authority(remainder: str) -> tuple[str, str, str]:
+    """Return what precedes the path, and its parts before and after the last "@"."""
+    authority = re.split(r"[/?#]", remainder, maxsplit=1)[0]
+    user, _, host = authority.rpartition("@")
+    return authority, user, host
 
 
 def _is_ambiguous(remainder: str) -> bool:
     """Return True if the first "/" may be part of a secret: an "@" follows it, and a ":" comes before that "@"."""
-    first, slash, later = remainder.partition("?")[0].partition("/")
-    return "@" in later and ":" in (first + slash + later).rpartition("@")[0]
+    path = remainder.partition("?")[0]
+    return "@" in path.partition("/")[2] and ":" in path.rpartition("@")[0]
 
 
 def refuse_ambiguous(uri: str) -> None:
     """Raise a ValueError, which does not show the secret, if the URI's secret contains an unescaped delimiter."""
     remainder = uri.partition("://")[2]
-    if _is_ambiguous(remainder) or _NOT_A_PORT.search(
-        _split_at_last_at(re.split(r"[/?#]", remainder, maxsplit=1)[0])[1]
-    ):
+    if _is_ambiguous(remainder) or _NOT_A_PORT.search(_authority(remainder)[2]):
         raise ValueError(f"{shown(uri)}: in its user, password and path write / as %2F, ? as %3F, @ as %40, : as %3A")
 
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from raysubset.events import EpochDone, Event, MinimaFound, MinimumDone, Planned, Progress, Stage, Standing, Step
 
@@ -87,12 +86,3 @@ class Course:
             steps = self._steps[self._at :]
             left = sum(step.passes / step.num_at_once for step in steps) - self._passes_of_step() / steps[0].num_at_once
         return left * self._done_s / self._done
-
-
-def in_words(seconds: float) -> str:
-    """Return '8 s', '3 min 5 s', '2 h 5 min' or '3 d 4 h': two figures are enough."""
-    for (unit, size), (smaller, part) in pairwise((("d", 86400), ("h", 3600), ("min", 60), ("s", 1))):
-        num, rest = divmod(round(seconds / part), size // part)
-        if num:
-            return f"{num} {unit} {rest} {smaller}" if rest else f"{num} {unit}"
-    return f"{seconds:.0f} s"

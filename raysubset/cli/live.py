@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from statistics import fmean
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysubset import events
-from raysubset.cli.course import Course, in_words
+from raysubset.cli.course import Course
 from raysubset.cli.screen import console_of, visible
 
 _STALE_S = 10.0  # an actor without events for so long is hidden
@@ -160,11 +161,11 @@ class PlainLines:
 
 
 def _how_far(course: Course) -> str:
-    """Return '34% of 11 planned passes, about 3 min of training left'; '' before the plan is known."""
+    """Return '34% of 11 planned passes, about 0:03:05 of training left'; '' before the plan is known."""
     if (passes := course.passes) is None or not passes[1]:
         return ""
     (done, total), left_s = passes, course.left_s
-    time_left = "" if left_s is None or left_s < 1 else f", about {in_words(left_s)} of training left"
+    time_left = "" if left_s is None or left_s < 1 else f", about {timedelta(seconds=round(left_s))} of training left"
     return f"{done / total:.0%} of {f'{total:,.0f}' if total >= 100 else f'{total:.3g}'} planned passes{time_left}"
 
 
@@ -237,7 +238,7 @@ class LiveView:
         line.add_column(justify="right", no_wrap=True)
         seconds = self._clock() - self._since
         text = Text(visible(self._waiting or self._stage))
-        line.add_row(self._spinner, text, Text(in_words(seconds) if seconds >= 1 else "", "dim"))
+        line.add_row(self._spinner, text, Text(str(timedelta(seconds=int(seconds))), "dim"))
         return line
 
     def _bar(self) -> Table | None:

@@ -136,10 +136,11 @@ def _command_parser(
     kind: type, flags: Sequence[Flag], words: Sequence[str], prog: str, description: str | None
 ) -> _Parser:
     """Return a command's parser. Its help shows the settings most often changed, or every one for --help-all."""
-    num, is_asked, more = sum(flag.of_config for flag in flags), bool({*HELP}.intersection(words)), ""
-    is_whole = not num or "--help-all" in words
+    num, is_asked, more = sum(flag.of_config for flag in flags), not {*HELP}.isdisjoint(words), ""
+    is_whole = not (num and is_asked) or "--help-all" in words
     if not is_whole:
-        flags = sorted(flags, key=_rank)
+        common = {flag.key: flag for flag in flags if flag.of_config}
+        flags = [*(flag for flag in flags if not flag.of_config), *map(common.__getitem__, COMMON)]
         more = f"All {num} settings with their full documentation: {prog} --help-all\n"
         more += "As a file for --config: raysubset config"
     usage = " ".join([prog, *(flag.positional for flag in flags if flag.positional), "[FLAGS]"])
@@ -177,8 +178,6 @@ def _title(flag: Flag, *, is_whole: bool) -> str | None:
 
 def _help(flag: Flag, *, is_whole: bool) -> str:
     """Return a flag's default and documentation, or its first sentence, for a setting cut to one line."""
-    if flag.of_config and flag.key not in COMMON and not is_whole:
-        return argparse.SUPPRESS
     default = "" if flag.default in (MISSING, None, (), False) or flag.positional else flag.default
     shown = "on" if default is True else " ".join(map(str, default)) if flag.nargs else str(default)
     text = flag.doc if is_whole else flag.doc.partition(". ")[0].partition("; ")[0].rstrip(".")
@@ -186,11 +185,6 @@ def _help(flag: Flag, *, is_whole: bool) -> str:
     if flag.of_config and not is_whole:
         text = textwrap.shorten(text, max(_width() - _FLAG, _FLAG), placeholder="…")
     return text.replace("%", "%%")
-
-
-def _rank(flag: Flag) -> int:
-    """Return the flag's rank: the command's own, the settings most often changed, and the others."""
-    return -1 if not flag.of_config else COMMON.index(flag.key) if flag.key in COMMON else len(COMMON)
 
 
 def _value(flag: Flag, word: str) -> Any:

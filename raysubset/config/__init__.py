@@ -18,8 +18,7 @@ from raysubset.config.minimizing import (
     TrainingStage,
 )
 from raysubset.config.places import ActorsConfig, ClusterConfig, TrackingConfig
-from raysubset.config.run import OF_SUBSET_PRETRAINING, Config, Learned, of_now
-from raysubset.config.seeds import derive_seed
+from raysubset.config.run import OF_SUBSET_PRETRAINING, Config, Learned, derive_seed, of_now
 from raysubset.config.stages import (
     AGGREGATIONS,
     AggregationConfig,

@@ -1,10 +1,11 @@
 """Define Config: all settings of a run."""
 
 import dataclasses
+import functools
 import json
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import field
-from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 from raysubset.config.inputs import DataConfig, ModelConfig, SubsetsConfig
@@ -134,10 +135,7 @@ class Config(Part):
         """Return the run directory's name: `name`, or data, model if named, and a digest of what shapes the result."""
         if self.name:
             return self.name
-        import hashlib  # loads OpenSSL: parsing flags should not wait for it
-
-        shaped = json.dumps(shaping(self.to_dict()), sort_keys=True)
-        digest = hashlib.blake2b(shaped.encode(), digest_size=4).hexdigest()
+        digest = _digest(json.dumps(shaping(self.to_dict()), sort_keys=True), 4).hex()
         names = [self.data.name.rstrip("/").rsplit("/", 1)[-1]]
         names += [self.model.name] if self.model.name != "auto" else []
         names += ["conventional"] if self.method == "conventional" else []
@@ -151,7 +149,7 @@ class Config(Part):
 
     def functions(self) -> dict[str, str]:
         """Return the user's own functions that a run calls, package.module:function, by the field that names each."""
-        names = {field: attrgetter(field)(self) or "" for field in _MAY_BE_FUNCTIONS}
+        names = {field: operator.attrgetter(field)(self) or "" for field in _MAY_BE_FUNCTIONS}
         return {field: name for field, name in names.items() if ":" in name and "/" not in name}
 
     def stage(self, stage: TrainingStage, *, epochs: float | None = None) -> MinimizeConfig:
@@ -180,11 +178,8 @@ class Config(Part):
                 if field := next((field for field in fields if field.startswith(f"{key}.")), None):
                     raise ValueError(f"{key} is a group of settings: give single ones, such as {field}")
                 raise ValueError(f"there is no config field {key}{nearest(key, fields) or UNKNOWN_FIELD}")
-            node = tree
             *parents, leaf = key.split(".")
-            for parent in parents:
-                node = node[parent]
-            node[leaf] = value
+            functools.reduce(operator.getitem, parents, tree)[leaf] = value
         return Config.from_dict(tree)
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,6 +194,17 @@ class Config(Part):
             ValueError: for unknown fields or values of the wrong type.
         """
         return from_tree(cls, tree)
+
+
+def derive_seed(seed: int, *path: int | str) -> int:
+    """Derive an independent 63-bit seed for each path below one seed: the same on every machine and Python version."""
+    return int.from_bytes(_digest(json.dumps([seed, *path]), 8), "big") >> 1
+
+
+def _digest(text: str, num_bytes: int) -> bytes:
+    import hashlib  # loads OpenSSL: parsing flags should not wait for it
+
+    return hashlib.blake2b(text.encode(), digest_size=num_bytes).digest()
 
 
 def of_now(tree: Mapping[str, Any]) -> dict[str, Any]:
