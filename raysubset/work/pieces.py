@@ -75,7 +75,7 @@ class Output:
         if (base := record.get("base")) is None:
             return self.directory.read_weights(path, files)
         if (weights := self._newest(files[path])) is None:
-            weights = from_differences(self.directory.read_weights(path, files), self._base_weights(**base))
+            weights = from_differences(self.directory.read_weights(path, files), self._base_weights(base))
             _NEWEST.sum = (self.directory.uri, path, files[path]), weights
         return {name: tensor.clone() for name, tensor in weights.items()}
 
@@ -84,19 +84,20 @@ class Output:
         key, weights = _NEWEST.sum
         return weights if key == (self.directory.uri, self.weights_path, seal) else None
 
-    def _base_weights(self, record: str, weights: str, seal: Seal, name: str = "") -> Weights:
-        directory = RunDirectory(self.directory.storage_path, name) if name else self.directory
-        base = Output(directory, record, weights)
-        if (newest := base._newest(seal)) is not None:
+    def _base_weights(self, base: dict[str, str]) -> Weights:
+        directory = RunDirectory(self.directory.storage_path, base["name"]) if "name" in base else self.directory
+        output = Output(directory, base["record"], base["weights"])
+        if (newest := output._newest(base["seal"])) is not None:
             return newest
         try:
-            base_record = directory.read_json(record)
+            record = directory.read_json(output.record_path)
         except FileNotFoundError as error:
-            raise CorruptFile(record, f"{record} in {directory.uri} is gone, though later weights need it") from error
-        if base_record["files"].get(weights) != seal:
-            text = f"in {self.directory.uri} holds differences from {weights}, which is another file now"
+            text = f"{output.record_path} in {directory.uri} is gone, though later weights need it"
+            raise CorruptFile(output.record_path, text) from error
+        if record["files"].get(output.weights_path) != base["seal"]:
+            text = f"in {self.directory.uri} holds differences from {output.weights_path}, which is another file now"
             raise CorruptFile(self.weights_path, f"{self.weights_path} {text}")
-        return base._sum(base_record)
+        return output._sum(record)
 
 
 class _Newest:
