@@ -20,7 +20,7 @@ from tests.test_matrix import InProcess
 from tests.test_rounds import cached, config_of, planned, rounds_of, run_of
 from tests.tiny import same_bits
 
-NUM_ROUNDS = 8
+NUM_ROUNDS = 5  # 0 and 3 are whole, and 4 as it is the last
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +72,8 @@ def test_a_sent_aggregate_is_the_exact_one_to_half_a_step_and_is_measured_as_rea
 
 
 def test_what_later_aggregates_differ_from_stays_on_disk_and_nothing_else(tmp_path: Path) -> None:
-    """Every third is whole; with four rounds' minima kept, what rounds 5 to 8 began with is kept, too."""
-    for keep, aggregates, momenta in ((1, [6, 7], [6, 7]), (3, [3, 4, 5, 6, 7], [4, 5, 6, 7])):
+    """With the minima of two rounds what these began with is kept, too, and with it the whole one before."""
+    for keep, aggregates, momenta in ((1, [3, 4], [3, 4]), (2, [0, 1, 2, 3, 4], [2, 3, 4])):
         run_of(sent(rounds__keep_minima=keep), tmp_path, name=f"keep-{keep}")
         directory = RunDirectory(str(tmp_path), f"keep-{keep}")
         assert left(directory, aggregate_weights_path) == aggregates
@@ -84,73 +84,73 @@ def test_what_later_aggregates_differ_from_stays_on_disk_and_nothing_else(tmp_pa
 def test_a_run_that_was_stopped_after_any_round_ends_at_the_same_bits(tmp_path: Path) -> None:
     config = sent()
     whole, records = run_of(config, tmp_path, name="whole")
-    assert ["base" in record for record in records] == [False, True, True, False, True, True, False, False]
-    for num in range(1, NUM_ROUNDS):
+    assert ["base" in record for record in records] == [False, True, True, False, False]
+    for num in (2, 3, 4):
         run_of(config, tmp_path, num=num, name=f"stopped-{num}")
         pieces_of_work._NEWEST = pieces_of_work._Newest()  # of the process that was stopped
         assert same_bits(run_of(config, tmp_path, name=f"stopped-{num}")[0], whole)
 
 
-@pytest.mark.parametrize("damaged", [3, 4])
+@pytest.mark.parametrize("damaged", [0, 1])
 def test_damage_to_what_an_aggregate_differs_from_is_mended_by_the_same_bits(tmp_path: Path, damaged: int) -> None:
     config = test_overlap.config_of(rounds__overlap=False, rounds__num=NUM_ROUNDS, rounds__send="int8")
     whole, _ = test_overlap.run_of(config, tmp_path, "whole")
     with pytest.raises(KeyboardInterrupt):
-        test_overlap.run_of(config, tmp_path, num=3 * 6)  # round 5's aggregate, which is 3's and two differences
+        test_overlap.run_of(config, tmp_path, num=3 * 3)  # round 2's aggregate, which is 0's and two differences
     directory = RunDirectory(str(tmp_path), "run")
     pieces_of_work._NEWEST = pieces_of_work._Newest()
-    before = output_of(directory, 5).weights()
+    before = output_of(directory, 2).weights()
     directory.write_bytes(aggregate_weights_path(damaged), b"half")
     pieces_of_work._NEWEST = pieces_of_work._Newest()
     with pytest.raises(CorruptFile, match=f"rounds/000{damaged}"):
-        output_of(directory, 5).weights()
+        output_of(directory, 2).weights()
     resumed, _ = test_overlap.run_of(config, tmp_path)
     assert same_bits(resumed, whole)
     assert not same_bits(before, whole)
 
 
 def test_differences_from_weights_that_are_others_now_are_refused_and_their_round_is_done_again(tmp_path: Path) -> None:
-    run_of(sent(), tmp_path, num=6)
-    run_of(sent(seed=1), tmp_path, num=6, name="other")
+    run_of(sent(), tmp_path, num=3)
+    run_of(sent(seed=1), tmp_path, num=3, name="other")
     directory, other = RunDirectory(str(tmp_path), "run"), RunDirectory(str(tmp_path), "other")
-    for path in (aggregate_path(4), aggregate_weights_path(4)):
+    for path in (aggregate_path(1), aggregate_weights_path(1)):
         directory.write_bytes(path, other.read_bytes(path))
     pieces_of_work._NEWEST = pieces_of_work._Newest()
-    with pytest.raises(CorruptFile, match=r"0005/agg.* differences from rounds/0004.*another file now"):
-        output_of(directory, 5).weights()
-    directory.delete(aggregate_path(4))
-    with pytest.raises(CorruptFile, match=r"rounds/0004/aggregate.json .* is gone") as caught:
-        output_of(directory, 5).weights()
-    assert caught.value.path == aggregate_path(4)
+    with pytest.raises(CorruptFile, match=r"0002/agg.* differences from rounds/0001.*another file now"):
+        output_of(directory, 2).weights()
+    directory.delete(aggregate_path(1))
+    with pytest.raises(CorruptFile, match=r"rounds/0001/aggregate.json .* is gone") as caught:
+        output_of(directory, 2).weights()
+    assert caught.value.path == aggregate_path(1)
 
 
 def test_legs_wait_until_all_that_their_start_differs_from_is_there(tmp_path: Path) -> None:
     config = sent()
     legs = {leg.key: leg for leg in planned(config).drawing(config, str(tmp_path)).legs()}
     aggregates = [leg for leg in legs.values() if leg.kind == "aggregate"]
-    member = next(leg for leg in legs.values() if leg.round == 6 and leg.subset == 0)
-    assert member.start.leg == aggregates[5]
-    assert list(member.bases) == [aggregates[4], aggregates[3]]
+    member = next(leg for leg in legs.values() if leg.round == 3 and leg.subset == 0)
+    assert member.start.leg == aggregates[2]
+    assert list(member.bases) == [aggregates[1], aggregates[0]]
     assert [list(leg.bases) for leg in legs.values() if leg.round == 1 and leg.subset == 0] == [[]]
 
 
 def test_a_process_adds_up_only_what_it_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_of(sent(), tmp_path, num=6)
+    run_of(sent(), tmp_path, num=3)
     directory, read = RunDirectory(str(tmp_path), "run"), list[str]()
     read_weights = RunDirectory.read_weights
     monkeypatch.setattr(
         RunDirectory, "read_weights", lambda self, path, files: read.append(path) or read_weights(self, path, files)
     )
     pieces_of_work._NEWEST = pieces_of_work._Newest()
-    first = output_of(directory, 4).weights()
-    assert read == [aggregate_weights_path(4), aggregate_weights_path(3)]
+    first = output_of(directory, 1).weights()
+    assert read == [aggregate_weights_path(1), aggregate_weights_path(0)]
     for tensor in first.values():  # by whoever got them
         tensor.zero_()
     read.clear()
-    later = output_of(directory, 5).weights()
-    assert read == [aggregate_weights_path(5)]
+    later = output_of(directory, 2).weights()
+    assert read == [aggregate_weights_path(2)]
     pieces_of_work._NEWEST = pieces_of_work._Newest()
-    assert same_bits(output_of(directory, 5).weights(), later)
-    again = output_of(directory, 5).weights()
+    assert same_bits(output_of(directory, 2).weights(), later)
+    again = output_of(directory, 2).weights()
     assert len(read) == 4
     assert same_bits(again, later)
