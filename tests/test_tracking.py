@@ -17,8 +17,7 @@ from raysubset.events import AggregateDone, Attempt, EpochDone, Event, MinimumDo
 from raysubset.pipeline.run_report import environment
 from raysubset.quality import ACCURACY
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory
-from raysubset.tracking import refuse_missing, track_comparison, track_finished, track_page, tracked
-from raysubset.tracking.following import PAGE_PATH
+from raysubset.tracking import refuse_missing, track_comparison, track_finished, tracked
 from raysubset.tracking.records import Curves, Header, Point, Result, comparison_points, comparison_summary, run_summary
 from raysubset.tracking.wandb_runs import has_key
 from tests.test_report import BITS, a_record, history, metrics, minimum, of_task
@@ -366,27 +365,6 @@ def test_a_finished_run_can_be_told_to_a_tracker_afterwards(tmp_path: Path) -> N
     track_finished(config, directory, _only_events)
     run = client(uri).get_run(directory.read_json("tracking/mlflow.json")["run_id"])
     assert run.data.metrics["result/test_accuracy"] == 0.9
-
-
-def test_a_page_written_later_joins_the_files_of_the_run(tmp_path: Path) -> None:
-    uri = (tmp_path / "mlruns").as_uri()
-    config = a_config(tmp_path, to="mlflow", uri=uri)
-    directory = opened(config)
-    finish(directory)
-    track_page(config, directory.uri, _only_events)
-    assert not directory.exists("tracking")  # nothing to join
-    track_finished(config, directory, _only_events)
-    directory.write_bytes(PAGE_PATH, b"<html>")
-    track_page(config, directory.uri, _only_events)
-    of, run_id = client(uri), directory.read_json("tracking/mlflow.json")["run_id"]
-    assert {one.path for one in of.list_artifacts(run_id)} == {
-        "config.json",
-        "report.json",
-        "model.safetensors",
-        "report.html",
-    }
-    run = of.get_run(run_id)
-    assert (run.info.status, run.data.metrics["result/test_accuracy"]) == ("FINISHED", 0.9)
 
 
 # Weights & Biases

@@ -175,12 +175,9 @@ def _reported(
             from raysubset.cluster import started_ahead
 
             stack.enter_context(started_ahead(command.config.cluster))
-        from raysubset.tracking import track_page
-
         options |= {"on_event": tell, "fresh": command.fresh, "accept_changed_code": command.accept_changed_code}
         report = getattr(import_module(room), verb)(command.config, *arguments, **options)
         page = _write_page(report.uri, tell)
-        track_page(command.config, report.uri, tell)
     print(page)
     report.show()
     return report

@@ -4,4 +4,4 @@ refuse_missing(config.tracking)                          # before anything is ru
 with tracked(config, directory, tell) as tell: ...       # sends the run's events, and its report when the block ends
 """
 
-from raysubset.tracking.following import refuse_missing, track_comparison, track_finished, track_page, tracked
+from raysubset.tracking.following import refuse_missing, track_comparison, track_finished, tracked

@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 
 PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
 FILES = (CONFIG_PATH, REPORT_PATH, COMPARISON_PATH, MODEL_RECORD_PATH, MODEL_PATH)  # sent if they exist
-PAGE_PATH = "report/report.html"  # raysubset.report writes it when the run has ended
 END_S = 60.0  # for a tracker to receive what remains at the end
 STOP_S = 2.0  # the same if the run was stopped: `ray job stop` leaves three seconds
 
@@ -120,9 +119,9 @@ class _Following:
         )
 
         def begin(name: str) -> Tracker:
-            tracker, path = make(name, config.tracking), _record_path(name)
-            run_id = (directory.read_json_or_none(path) or {}).get("run_id")
-            directory.write_json(path, {"run_id": tracker.begin(header, run_id)})
+            tracker = make(name, config.tracking)
+            run_id = tracker.begin(header, _record(directory, name).get("run_id"))
+            directory.write_json(_record_path(name), {"run_id": run_id})
             return tracker
 
         self._followers = [_Follower(name, partial(begin, name)) for name in names]
@@ -134,11 +133,11 @@ class _Following:
             follower.jobs.put(lambda tracker: tracker.log(points))
         self._warn()
 
-    def end(self, result: Result, files: Sequence[str] = FILES) -> None:
+    def end(self, result: Result) -> None:
         """Send the result and wait until the trackers have everything, at most END_S or STOP_S each."""
         timeout_s = STOP_S if result.outcome == "stopped" else END_S
         for follower in self._followers:
-            follower.jobs.put(partial(self._end, follower.name, result, files))
+            follower.jobs.put(partial(self._end, follower.name, result))
             follower.jobs.put(None)
         for follower in self._followers:
             follower.join(timeout_s)
@@ -146,14 +145,13 @@ class _Following:
                 follower.failure = f"no answer within {timeout_s:g} s"
         self._warn()
 
-    def _end(self, name: str, result: Result, files: Sequence[str], tracker: Tracker) -> None:
+    def _end(self, name: str, result: Result, tracker: Tracker) -> None:
         if result.outcome != "finished":
             tracker.end(result)
             return
-        with _local_files(self._directory, files) as local_paths:
+        with _local_files(self._directory) as local_paths:
             tracker.end(dataclasses.replace(result, files=local_paths))
-        path = _record_path(name)
-        self._directory.write_json(path, {**self._directory.read_json(path), "finished": True})
+        self._directory.write_json(_record_path(name), {**_record(self._directory, name), "finished": True})
 
     def _warn(self) -> None:
         for follower in [follower for follower in self._followers if follower.failure is not None]:
@@ -166,8 +164,9 @@ def _record_path(name: str) -> str:
     return f"{TRACKING_FOLDER}/{name}.json"
 
 
-def _is_finished(directory: RunDirectory, name: str) -> bool:
-    return (directory.read_json_or_none(_record_path(name)) or {}).get("finished", False)
+def _record(directory: RunDirectory, name: str) -> Record:
+    """Return the tracker's run_id and whether it has the finished run, as far as they are known."""
+    return directory.read_json_or_none(_record_path(name)) or {}
 
 
 @contextlib.contextmanager
@@ -180,7 +179,7 @@ def tracked(
     the finished run is left alone. A tracker's failure never reaches the run: it is one warning. If this process dies,
     trackers show the run as running until it is resumed.
     """
-    names = [name for name in config.tracking.names() if not _is_finished(directory, name)]
+    names = [name for name in config.tracking.names() if not _record(directory, name).get("finished")]
     if not names:
         yield tell
         return
@@ -220,15 +219,6 @@ def track_comparison(config: Config, directory: RunDirectory, record: Record, te
     following.end(Result("finished", summary=summary, tags=tags))
 
 
-def track_page(config: Config, uri: str, tell: OnEvent) -> None:
-    """Send a run's or comparison's page to the trackers that follow it; do nothing if there is no page or tracker."""
-    directory = RunDirectory.at(uri)
-    names = [name for name in config.tracking.names() if _is_finished(directory, name)]
-    if names and directory.exists(PAGE_PATH):
-        following = _Following(config, directory, tell, names, {}, open_tracker)
-        following.end(Result("finished"), files=(PAGE_PATH,))
-
-
 def _local_folder(directory: RunDirectory) -> str | None:
     """Create the folder for wandb's own files; None if the storage is remote."""
     if directory.local_path is None:
@@ -239,9 +229,9 @@ def _local_folder(directory: RunDirectory) -> str | None:
 
 
 @contextlib.contextmanager
-def _local_files(directory: RunDirectory, paths: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Yield local paths of the run's files that exist; copies if the storage is remote."""
-    paths = [path for path in paths if directory.exists(path)]
+def _local_files(directory: RunDirectory) -> Iterator[tuple[str, ...]]:
+    """Yield local paths of the run's FILES that exist; copies if the storage is remote."""
+    paths = [path for path in FILES if directory.exists(path)]
     if directory.local_path is not None:
         yield tuple(str(directory.local_path / path) for path in paths)
         return

@@ -1,13 +1,11 @@
 """Track a run in MLflow as a run of an experiment, by MLflow's client and without its global state."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Sequence
 
 from raysubset.tracking.records import Header, Point, Result
 
-MOST_PARAMETERS, LONGEST_PARAMETER = 100, 6000  # MLflow's limits: parameters in a request, characters of one
+LONGEST_PARAMETER = 6000  # characters, MLflow's limit
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -22,6 +20,8 @@ class MLflowRun:
 
     def begin(self, header: Header, run_id: str | None) -> str:
         """Continue the run of that id if the store still has it, else create one; return its id."""
+        from mlflow.entities import Param
+
         if run_id is not None and self._reopened(run_id):
             self._id = run_id
             return run_id
@@ -30,7 +30,8 @@ class MLflowRun:
             tags["raysubset.group"] = header.group
         run = self._client.create_run(self._experiment(header.project), tags=tags)
         self._id = run.info.run_id
-        self._write_parameters(header.parameters)
+        parameters = [Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in header.parameters.items()]
+        self._client.log_batch(self._id, params=parameters)
         return self._id
 
     def _reopened(self, run_id: str) -> bool:
@@ -61,21 +62,13 @@ class MLflowRun:
                 raise
             return experiment.experiment_id
 
-    def _write_parameters(self, parameters: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
-        params: Iterator[Param] = (Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in parameters.items())
-        while batch := list(islice(params, MOST_PARAMETERS)):
-            self._client.log_batch(self._id, params=batch)
-
     def log(self, points: Sequence[Point]) -> None:
-        """Send the points as metrics named series/key, in one request per thousand."""
+        """Send the points as metrics named series/key."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         metrics = [Metric(f"{p.series}/{key}", value, now, p.step) for p in points for key, value in p.values.items()]
-        for start in range(0, len(metrics), 1000):  # MLflow's limit
-            self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
+        self._client.log_batch(self._id, metrics=metrics)
 
     def end(self, result: Result) -> None:
         """Send the summary as metrics at step 0, tags, files as artefacts, and the outcome."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,7 @@ _logger = logging.getLogger(__name__)
 
 _MOST_IMAGES = 256  # in a batch of predictions …
 _BATCH_PIXELS = 2**20  # … of at most so many values: an activation is several times as large
+_NUM_CLASSES = 3  # in each answer
 
 
 def export_model(directory: str, path: str | None = None, *, format: ExportFormat, trust_code: bool = False) -> Path:
@@ -160,9 +161,10 @@ class Prediction:
         return self.path if self.row is None else f"{self.path}, row {self.row}"
 
 
-def predict_files(
-    directory: str, paths: Sequence[str], *, num_classes: int = 3, trust_code: bool = False
-) -> Iterator[Prediction]:
+_Image = tuple[Prediction, EncodedImages | np.ndarray, int]  # its place, and the images of which it is one, by number
+
+
+def predict_files(directory: str, paths: Sequence[str], *, trust_code: bool = False) -> Iterator[Prediction]:
     """Apply the final model of a run to files, a batch of images or a table at a time.
 
     Images are files, or rows of Parquet and Arrow files in the column that training read. They are resized (shorter
@@ -172,7 +174,6 @@ def predict_files(
     Args:
         directory: the run directory, a path or a URI.
         paths: image files and tables of images, tables, or text files, as the model takes them.
-        num_classes: the number of most probable classes in each answer.
         trust_code: as for load_model().
 
     Raises:
@@ -187,9 +188,11 @@ def predict_files(
         yield from (_continue_text(model, path) for path in paths)
     elif isinstance(model.inputs, TableInputs):
         for path in paths:
-            yield from _predict_table(model, model.inputs, path, num_classes)
+            yield from _predict_table(model, model.inputs, path)
     elif isinstance(model.inputs, ImageInputs) and isinstance(task, Classification | Regression | Segmentation):
-        yield from _predict_image_files(model, model.inputs, directory, paths, num_classes)
+        config = RunDirectory.at(directory).recorded_config() or {}
+        column = config.get("data", {}).get("image_column", DataConfig.image_column)  # that training read
+        yield from _predict_images(model, model.inputs, _images_of(paths, column, _side(model.inputs)))
     else:
         call = "load_model(directory, trust_code=True)(x)" if ":" in task.name else "load_model(directory)(x)"
         text = f"this model's task is {task.name}, and it takes tensors of {list(model.spec.inputs)}"
@@ -205,7 +208,7 @@ def _continue_text(model: TrainedModel, path: str) -> Prediction:
         return Prediction(path, error=f"{path}: {first_line(error)}")
 
 
-def _predict_table(model: TrainedModel, inputs: TableInputs, path: str, num_classes: int) -> Iterator[Prediction]:
+def _predict_table(model: TrainedModel, inputs: TableInputs, path: str) -> Iterator[Prediction]:
     try:
         with torch.inference_mode():
             outputs, notes = model.of_table(read_rows(path, inputs))
@@ -214,7 +217,7 @@ def _predict_table(model: TrainedModel, inputs: TableInputs, path: str, num_clas
         return
     for note in notes:
         _logger.warning("%s: %s", path, note.text)
-    yield from _answers(model, outputs, [Prediction(path, row=row) for row in range(len(outputs))], num_classes)
+    yield from _answers(model, outputs, [Prediction(path, row=row) for row in range(len(outputs))])
 
 
 def _unreadable(path: str, error: ValueError) -> Prediction:
@@ -223,57 +226,38 @@ def _unreadable(path: str, error: ValueError) -> Prediction:
     return Prediction(path, error=text if path in text else f"{path}: {text}")
 
 
-def _predict_image_files(
-    model: TrainedModel, inputs: ImageInputs, directory: str, paths: Sequence[str], num_classes: int
-) -> Iterator[Prediction]:
-    """Yield the answers for image files, and for the rows of tables of images."""
-    for is_table, members in groupby(paths, key=lambda path: path.lower().endswith(TABLE_SUFFIXES)):
-        if not is_table:
-            files = [*members]
-            encoded = EncodedImages(
-                len(files), lambda n, files=files: Path(files[n]).expanduser().read_bytes(), files.__getitem__
-            )
-            yield from _predict_images(model, inputs, encoded, [*map(Prediction, files)], num_classes)
+def _images_of(paths: Sequence[str], column: str, side: int | None) -> Iterator[_Image]:
+    """Yield the place of each image file, and of each row of tables of images; a table that cannot be read is one."""
+    files = EncodedImages(len(paths), lambda n: Path(paths[n]).expanduser().read_bytes(), paths.__getitem__)
+    for number, path in enumerate(paths):
+        if not path.lower().endswith(TABLE_SUFFIXES):
+            yield Prediction(path), files, number
             continue
-        config = RunDirectory.at(directory).recorded_config() or {}
-        column = config.get("data", {}).get("image_column", DataConfig.image_column)  # that training read
-        for path in members:
-            try:
-                images = read_image_rows(path, column, image_size=_side(inputs))
-            except ValueError as error:
-                yield _unreadable(path, error)
-                continue
-            places = [Prediction(path, row=row) for row in range(len(images))]
-            yield from _predict_images(model, inputs, images, places, num_classes)
+        try:
+            images = read_image_rows(path, column, image_size=side)
+        except ValueError as error:
+            yield _unreadable(path, error), files, number
+        else:
+            yield from ((Prediction(path, row=row), images, row) for row in range(len(images)))
 
 
-def _predict_images(
-    model: TrainedModel,
-    inputs: ImageInputs,
-    images: EncodedImages | np.ndarray,
-    places: Sequence[Prediction],
-    num_classes: int,
-) -> Iterator[Prediction]:
-    """Yield the answers for images, uint8 [N, H, W, C] or encoded, at their places."""
+def _predict_images(model: TrainedModel, inputs: ImageInputs, images: Iterator[_Image]) -> Iterator[Prediction]:
     num = max(1, min(_MOST_IMAGES, _BATCH_PIXELS // math.prod(model.image_shape)))
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(images), num):
-            batch = places[start : start + num]
-            decoded = list(pool.map(partial(_read_image, images, inputs), range(start, start + len(batch))))
-            readable = [image for image in decoded if not isinstance(image, str)]
+        while batch := list(islice(images, num)):
+            decoded = list(pool.map(partial(_read_image, inputs), *zip(*batch, strict=True)))
+            readable = [image for image in decoded if isinstance(image, np.ndarray)]
+            places = [place for (place, *_), image in zip(batch, decoded, strict=True) if isinstance(image, np.ndarray)]
             answers = iter(())
             if readable:
                 with torch.inference_mode():
                     outputs = model(torch.from_numpy(np.stack(readable)).permute(0, 3, 1, 2))
-                readable_places = [p for p, image in zip(batch, decoded, strict=True) if not isinstance(image, str)]
-                answers = _answers(model, outputs, readable_places, num_classes)
-            for place, image in zip(batch, decoded, strict=True):
-                yield replace(place, error=image) if isinstance(image, str) else next(answers)
+                answers = _answers(model, outputs, places)
+            for image in decoded:
+                yield next(answers) if isinstance(image, np.ndarray) else image
 
 
-def _answers(
-    model: TrainedModel, outputs: torch.Tensor, places: Iterable[Prediction], num_classes: int
-) -> Iterator[Prediction]:
+def _answers(model: TrainedModel, outputs: torch.Tensor, places: Iterable[Prediction]) -> Iterator[Prediction]:
     """Yield each place with its answer from a row of outputs: classes, the most probable first, or numbers by name."""
     task = model.record.task
     are_logits = isinstance(task, Classification) and not are_probabilities(outputs)
@@ -288,7 +272,7 @@ def _answers(
         if isinstance(task, Segmentation):  # by the classes' shares of the pixels
             classes = output.argmax(0)
             numbers, mask = classes.flatten().bincount(minlength=len(output)) / classes.numel(), classes.tolist()
-        shares, order = numbers.topk(min(num_classes, len(numbers)))
+        shares, order = numbers.topk(min(_NUM_CLASSES, len(numbers)))
         names = tuple(task.class_names[number] for number in order.tolist())
         yield replace(place, classes=names, probabilities=tuple(shares.tolist()), mask=mask)
 
@@ -299,24 +283,27 @@ def _side(inputs: ImageInputs) -> int | None:
     return height if height == width else None
 
 
-def _read_image(images: EncodedImages | np.ndarray, inputs: ImageInputs, number: int) -> np.ndarray | str:
-    """Read an image, uint8 [H, W, C], in the model's shape and as its training images were; or return an error line."""
+def _read_image(
+    inputs: ImageInputs, place: Prediction, images: EncodedImages | np.ndarray, number: int
+) -> np.ndarray | Prediction:
+    """Return an image, uint8 [H, W, C], in the model's shape and as its training images were; or its place's error."""
     height, width, channels = inputs.image_shape
-    name = f"image {number}"
+    if place.error:
+        return place
     try:
         if isinstance(images, EncodedImages):
-            name = images.describe(number)
-            read_bytes = images.read
-            alone = EncodedImages(1, lambda _: read_bytes(number), lambda _: name)
-            (image,), _ = decode(alone, _side(inputs), inputs.grey_range)
+            read, name = partial(images.read, number), images.describe(number)
+            (image,), _ = decode(EncodedImages(1, lambda _: read(), lambda _: name), _side(inputs), inputs.grey_range)
         else:
             image = images[number]
+        if image.shape[:2] != (height, width):
+            size = "x".join(map(str, image.shape[:2]))
+            raise ValueError(f"{place.place} is {size}: this model takes images of {height}x{width}")
     except OSError as error:
-        return f"{name}: {error.strerror}; give image files, or Parquet or Arrow files of images"
+        text = f"{place.path}: {error.strerror}; give image files, or Parquet or Arrow files of images"
+        return replace(place, error=text)
     except ValueError as error:
-        return str(error)
-    if image.shape[:2] != (height, width):
-        return f"{name} is {image.shape[0]}x{image.shape[1]}: this model takes images of {height}x{width}"
+        return replace(place, error=str(error))
     if image.shape[2] == channels:
         return image
     if channels == 3:
