@@ -394,7 +394,7 @@ def test_the_page_has_the_curves_of_settings_and_the_time_line_of_trials_and_say
     assert "Time line of the ledger" in read.words
     assert "averaged over a round's members and over the n seeds that finished" in read.words
     assert "Left out: 400-1 (no report), 5000-0 (failed)." in read.words
-    told = "4 trials and the trunks they share in 5 attempts, 1 of them lost or failed, on 2 nodes, took 14 device-s"
+    told = "5 trials in 5 attempts, 1 of them lost or failed, on 2 nodes, took 14 device-s"
     assert told in read.words
     assert "No work is recorded for 400-1." in read.words
     lost = read.cells.index("subsets, subset 3")

@@ -112,7 +112,7 @@ def _basis(record: Record) -> Iterator[Line]:
         f"standard error of the best validation loss: {reached} on test. As good means worse than that by at most "
         f"{quality.show(record['margin'])}: {target}."
     )
-    if at_edge := [arm_name(arm["key"]) for arm in record["arms"] if _edge(record, arm["key"], arm["settings"])]:
+    if at_edge := [arm_name(arm["key"]) for arm in record["arms"] if _is_at_edge(record, arm)]:
         text = f"the learning rate of {', '.join(at_edge)} is at the edge of the grid: a rate beyond it may do better"
         yield Note(f"{text} (--learning-rates).", is_warning=True)
     if len(record["seeds"]) < _FEWEST_SEEDS:
@@ -174,7 +174,7 @@ def _points(record: Record) -> Section:
     for arm in record["arms"]:
         settings = f"learning rate {arm['settings']['learning_rate']:g}, batch {arm['settings']['batch_size']}"
         name = f"{arm_name(arm['key'])} ({arm['key']} of --arms)"
-        lines.append(f"{name}: {arm['title']}; {settings}{_edge(record, arm['key'], arm['settings'])}")
+        lines.append(f"{name}: {arm['title']}; {settings}")
     return table("Arms", points, columns, lines, [_quality_plot(record, clock) for clock in CLOCKS])
 
 
@@ -193,12 +193,11 @@ def _compared(point: Record, quality: Quality) -> str:
     return f"{estimate}{span}{' as good' if point['is_non_inferior'] else ''}"
 
 
-def _edge(record: Record, key: str, settings: Record) -> str:
-    """Return ', at the edge of the grid …' if an untried rate beyond the arm's may be better; A uses B's rates."""
-    rates = {row["learning_rate"] for row in record["tuning"]["tried"] if row["arm"] == ("B" if key == "A" else key)}
-    if len(rates) < 2 or settings["learning_rate"] not in (min(rates), max(rates)):
-        return ""
-    return ", at the edge of the grid: a rate beyond it may do better (--learning-rates)"
+def _is_at_edge(record: Record, arm: Record) -> bool:
+    """Return True if an untried rate beyond the arm's may be better; A uses B's rates."""
+    tuned = "B" if arm["key"] == "A" else arm["key"]
+    rates = {row["learning_rate"] for row in record["tuning"]["tried"] if row["arm"] == tuned}
+    return len(rates) > 1 and arm["settings"]["learning_rate"] in (min(rates), max(rates))
 
 
 def _speed_ups(record: Record) -> Section:
@@ -257,9 +256,8 @@ def _tuning(record: Record) -> Section:
     settings = {arm["key"]: arm["settings"] for arm in record["arms"]}
 
     def choice(row: Record) -> str:
-        if settings.get(row["arm"]) != {"learning_rate": row["learning_rate"], "batch_size": row["batch_size"]}:
-            return ""
-        return f"chosen{_edge(record, row['arm'], settings[row['arm']])}".partition(":")[0]
+        is_chosen = settings.get(row["arm"]) == {key: row[key] for key in ("learning_rate", "batch_size")}
+        return "chosen" if is_chosen else ""
 
     columns = (
         ("arm", lambda row: arm_name(row["arm"])),

@@ -1,10 +1,11 @@
 """Draw training as curves over sequential passes: of a run, of a comparison's arms, of a sweep's settings."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import fmean
+from typing import Any
 
 from raysubset.report.drawing import COLOURS, Chart, Plot
 from raysubset.report.figures import Record, finite, passes_by_epoch, works_of
@@ -18,8 +19,11 @@ STAGE_COLOURS = {
     "aggregation": VALIDATION,
     "fine_tuning": COLOURS[3],
 }
+MARKERS = {"aggregation": "D"}  # of what was validated; others have squares
 Point = tuple[float, float, float, float]  # passes so far; then the mean, the least and the greatest value
+Curve = Sequence[tuple[float, ...]]  # Points, or (passes, value) of one work
 Measure = Callable[[Record], float]  # of a metrics record
+Piece = tuple[str, int, int | None, Record]  # what works_of() yields
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,13 @@ def arm_stages(
     return _over_seeds(seeds)
 
 
-def _of_leg(leg: Record, record: Record) -> tuple[str, int, int | None, Record]:
+def _of_leg(leg: Record, record: Record) -> Piece:
     if leg["kind"] == "aggregate":
         return "aggregation", leg["round"], None, record["aggregation"]
     return leg["stage"], leg["round"], leg["subset"], {**record, "num_workers": leg["num_workers"]}
 
 
-def _order(work: tuple[str, int, int | None, Record]) -> tuple[bool, int, int]:
+def _order(work: Piece) -> tuple[bool, int, int]:
     stage, round, *_ = work
     return stage == "fine_tuning", round, list(STAGE_COLOURS).index(stage)
 
@@ -84,50 +88,47 @@ def needed_legs(last: str, legs: Mapping[str, Record]) -> list[str]:
     return [key for key in legs if key in keys]
 
 
-def _placed(
-    works: Iterable[tuple[str, int, int | None, Record]], num_train: int, measure: Measure
-) -> dict[tuple[str, int], Stage]:
+def _placed(works: Iterable[Piece], num_train: int, measure: Measure) -> dict[tuple[str, int], Stage]:
     """Average the members of each stage and round. A stage starts where the longest member of the one before ends."""
     members: dict[tuple[str, int], list[Record]] = {}
     for stage, round, _, work in works:
         members.setdefault((stage, round), []).append(work)
     stages, start = {}, 0.0
     for place, of_stage in members.items():
-        ends, trainings = [start], []
+        ends, curves = [start], []
         for work in of_stage:
             passes = [start + p / work.get("num_workers", 1) for p in passes_by_epoch(work, num_train)]
             ends += passes
-            trainings.append(_of_work(place[0], work, passes or [start], measure))
-        stages[place], start = _averaged(trainings), max(ends)
+            curves.append(_curves(work, passes or [start], measure))
+        stages[place], start = _averaged(place[0], curves), max(ends)
     return stages
 
 
-def _of_work(stage: str, work: Record, passes: Sequence[float], measure: Measure) -> Stage:
+def _curves(work: Record, passes: Sequence[float], measure: Measure) -> tuple[Curve, Curve]:
+    """Return (passes, loss while training) of each epoch, and (passes, value) wherever the work was validated."""
     epochs = list(zip(passes, work.get("history", ()), strict=False))
     measured = [(at, epoch["validation"]) for at, epoch in epochs if epoch.get("validation")]
     if work["validation"]:  # of the stage's result, which may be an earlier epoch's weights
         measured = [*((at, metrics) for at, metrics in measured if at < passes[-1]), (passes[-1], work["validation"])]
-    curves = [(at, finite(epoch["loss"])) for at, epoch in epochs], [(at, measure(metrics)) for at, metrics in measured]
-    return Stage(stage, *(tuple((at, value, value, value) for at, value in curve) for curve in curves))
+    return [(at, finite(epoch["loss"])) for at, epoch in epochs], [(at, measure(metrics)) for at, metrics in measured]
 
 
-def _averaged(stages: Sequence[Stage]) -> Stage:
+def _averaged(name: str, members: Iterable[tuple[Curve, Curve]]) -> Stage:
     """Average one stage of several members or seeds, epoch by epoch, each epoch over those that have it."""
 
-    def mean(curves: Iterable[Sequence[Point]]) -> Iterable[Point]:
+    def mean(curves: Sequence[Curve]) -> Iterator[Point]:
         for points in zip_longest(*curves):
             passes, values, *_ = zip(*filter(None, points), strict=True)
             yield fmean(passes), fmean(values), min(values), max(values)
 
-    curves = [stage.training for stage in stages], [stage.validation for stage in stages]
-    return Stage(stages[0].name, *map(tuple, map(mean, curves)))
+    return Stage(name, *(tuple(mean(curves)) for curves in zip(*members, strict=True)))
 
 
 def _over_seeds(seeds: Sequence[Mapping[tuple[str, int], Stage]]) -> list[Stage]:
     if len(seeds) < 2:
         return [stage for seed in seeds for stage in seed.values()]
     places = [place for place in seeds[0] if all(place in seed for seed in seeds)]
-    return [_averaged([seed[place] for seed in seeds]) for place in places]
+    return [_averaged(place[0], [(seed[place].training, seed[place].validation) for seed in seeds]) for place in places]
 
 
 def training_plot(
@@ -140,7 +141,7 @@ def training_plot(
         seeds: over which seeds, for the caption; "" for one run.
     """
     charts = tuple(_panel(title, stages, loss) for title, stages in panels)
-    if sum(chart.num_values for chart in charts) < 3:
+    if sum(len(chart.x.values) for chart in charts) < 3:
         return None
     values = [value for chart in charts for value in chart.y.values if math.isfinite(value)]
     for chart in charts:
@@ -148,31 +149,26 @@ def training_plot(
     over, spread = (f" and over {seeds}", "seeds (of one seed: of its members)") if seeds else ("", "members")
     caption = (
         f"Loss {what} over sequential passes of training. Lines: the epochs' losses while training, averaged over a "
-        f"round's members{over}; bands: the least and greatest of the {spread}; squares: validation loss; diamonds: "
+        f"round's members{over}; bars: the least and greatest of the {spread}; squares: validation loss; diamonds: "
         f"that of the aggregate.{' All charts have one scale.' if len(charts) > 1 else ''}"
     )
-    return Plot(caption, charts, is_wide=len(charts) > 1)
+    return Plot(caption, charts)
 
 
 def _panel(title: str, stages: Sequence[Stage], loss: str) -> Chart:
     chart = Chart("passes, one after the other", loss, title=title, log="y", size=(340, 230))
     chart.x.low = 0
     for stage in stages:
-        if stage.training:
-            passes, means, lows, highs = zip(*stage.training, strict=True)
-            if lows != highs:
-                chart.band(passes, lows, highs, STAGE_COLOURS[stage.name])
-            label, marker = stage.name.replace("_", " "), "." if len(means) < 3 else ""
-            chart.line(zip(passes, means, strict=True), STAGE_COLOURS[stage.name], label, marker=marker)
+        marker = "." if len(stage.training) < 3 else ""
+        draw_curve(chart, stage.training, STAGE_COLOURS[stage.name], stage.name.replace("_", " "), marker=marker)
     for stage in stages:
         label = "validation of the aggregate" if stage.name == "aggregation" else "validation"
-        draw_validation(chart, stage, VALIDATION, label, width=1, dash="2 3")
+        draw_curve(chart, stage.validation, VALIDATION, label, marker=MARKERS.get(stage.name, "s"), width=1, dash="2 3")
     return chart
 
 
-def draw_validation(chart: Chart, stage: Stage, colour: str, label: str, *, width: float, dash: str = "") -> None:
-    """Draw what was measured on validation data, with bars from the least to the greatest if there are several."""
-    points, bars = [point[:2] for point in stage.validation], [point[2:] for point in stage.validation]
-    marker = "D" if stage.name == "aggregation" else "s"
+def draw_curve(chart: Chart, curve: Sequence[Point], colour: str, label: str, **style: Any) -> None:
+    """Draw a curve, with bars from the least to the greatest if there are several; the style is that of line()."""
+    bars = [point[2:] for point in curve]
     has_bars = any(least < most for least, most in bars)
-    chart.line(points, colour, label, marker=marker, width=width, dash=dash, bars=bars if has_bars else ())
+    chart.line([point[:2] for point in curve], colour, label, bars=bars if has_bars else (), **style)

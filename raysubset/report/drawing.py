@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
-from typing import Any
 
 # Mid-tones for white and near-black grounds; the colour-blind can tell them apart in this order (after Okabe and Ito)
 COLOURS = ("#3b82c4", "#d9822b", "#2f9e6e", "#c2559d", "#8a6fd1", "#a8892a", "#3fa3b5", "#8d99a6")
@@ -115,10 +114,7 @@ class Chart:
             size: width and height in pixels; the page scales all, letters too.
         """
         self.x, self.y, self.title, self.size = Axis(x_label, "x" in log), Axis(y_label, "y" in log), title, size
-        self.above: tuple[str, float] | None = None  # a second x axis on top: its label, and its values' ratio to x
-        self.left: float | None = None  # place of the y axis in pixels; None: what its ticks need
         self.legend: dict[str, str] = {}  # an SVG for each label
-        self.num_values = 0
         self._marks: list[Draw] = []
 
     def line(
@@ -133,7 +129,6 @@ class Chart:
         alpha: float = 1,
         bars: Sequence[tuple[float, float]] = (),
         names: Sequence[str] = (),
-        is_named: bool = True,
     ) -> None:
         """Draw a line through points. A y that is not finite is left out; an infinite x lies at the edge.
 
@@ -143,7 +138,6 @@ class Chart:
             width: of the line in pixels; 0: points only.
             bars: the two ends of an error bar at each point.
             names: the text shown for each point, in place of its x.
-            is_named: whether the legend has the label.
         """
         drawn = [
             (x, y, *(bars[n] if bars else (y, y)), names[n] if names else f"{x:.5g}")
@@ -152,7 +146,6 @@ class Chart:
         ]
         if not drawn:
             return
-        self.num_values += len(drawn)
         self.x.values += [x for x, *_ in drawn]
         self.y.values += [end for _, *ends, _ in drawn for end in ends]
         stroke = f'stroke="{colour}"' + (f' opacity="{alpha}"' if alpha < 1 else "")
@@ -164,7 +157,7 @@ class Chart:
             places, svg = [f"{x_axis.at(x)} {y_axis.at(y)}" for x, y, *_ in drawn], ""
             if bars:
                 ends = (f"M{x_axis.at(x)} {y_axis.at(low)}V{y_axis.at(high)}" for x, _, low, high, _ in drawn)
-                svg += f'<path {stroke} d="{"".join(ends)}"/>'
+                svg += f'<path {stroke} stroke-opacity=".6" d="{"".join(ends)}"/>'
             if width:
                 svg += f'<path {line_style}{"" if marker else f" {values}"} d="M{"L".join(places)}"/>'
             if marker:
@@ -172,30 +165,10 @@ class Chart:
             return svg
 
         self._marks.append(draw)
-        if is_named:
-            key = f'<path {line_style} d="M0 6H22"/>' if width else ""
-            if marker:
-                key += f"<path {stroke} {_marks(marker, colour, ['11 6'])}/>"
-            self._name(label, key)
-
-    def points(
-        self, points: Iterable[tuple[float, float]], colour: str, label: str = "", *, marker: str = "o", **style: Any
-    ) -> None:
-        """Draw points without a line; the arguments are line()'s."""
-        self.line(points, colour, label, marker=marker, width=0, **style)
-
-    def band(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: str) -> None:
-        """Fill the area between two lines faintly."""
-        ends = [(x, low, high) for x, low, high in zip(xs, lows, highs, strict=True) if math.isfinite(low + high)]
-        self.y.values += [end for _, *both in ends for end in both]
-
-        corners = [(x, high) for x, _, high in ends] + [(x, low) for x, low, _ in reversed(ends)]
-
-        def draw(x_axis: Scale, y_axis: Scale) -> str:
-            path = "L".join(f"{x_axis.at(x)} {y_axis.at(y)}" for x, y in corners)
-            return f'<path fill="{colour}" opacity=".2" d="M{path}z"/>' if corners else ""
-
-        self._marks.append(draw)
+        key = f'<path {line_style} d="M0 6H22"/>' if width else ""
+        if marker:
+            key += f"<path {stroke} {_marks(marker, colour, ['11 6'])}/>"
+        self._name(label, key)
 
     def bar(
         self,
@@ -215,7 +188,6 @@ class Chart:
         Args:
             tip: the text shown when a reader points at the box.
         """
-        self.num_values += 1
         self.x.values += [start, end]
         self.y.values += [y - height / 2, y + height / 2]
 
@@ -251,11 +223,11 @@ class Chart:
         width, height = self.size
         longest_y = max((len(text) for _, text in y.ticks), default=0)
         lengths = [len(text) for _, text in x.ticks] or [0]
-        left = self.left or 10 + _CHARACTER * longest_y + (16 if self.y.label else 0)
+        left = 10 + _CHARACTER * longest_y + (16 if self.y.label else 0)
         right = width - max(8.0, 4 + _CHARACTER * lengths[-1] / 2)
         is_tilted = _CHARACTER * sum(length + 1.5 for length in lengths) > right - left
         room = 20 + (0.7 * _CHARACTER * max(lengths) if is_tilted else 0)
-        top, bottom = 22.0 if self.title else 38.0 if self.above else 8.0, height - room - (16 if self.x.label else 0)
+        top, bottom = 22.0 if self.title else 8.0, height - room - (16 if self.x.label else 0)
         x, y = replace(x, start=left, end=right), replace(y, start=bottom, end=top)
         grid = "".join(f"M{x.at(value)} {_number(top)}V{_number(bottom)}" for value, _ in x.ticks)
         grid += "".join(f"M{_number(left)} {y.at(value)}H{_number(right)}" for value, _ in y.ticks)
@@ -266,12 +238,6 @@ class Chart:
         words += [_text(left - 6, y.pixel(value) + 4, text, "end") for value, text in y.ticks]
         centre = (left + right) / 2
         room = 2 * min(centre, width - centre)
-        if self.above:
-            label, factor = self.above
-            ends = x.low * factor, x.high * factor
-            ticks = _log_ticks(*ends) if x.is_log else _ticks(*ends)
-            words += [_text(x.pixel(value / factor), top - 5, text, "in") for value, text in ticks]
-            words.append(_text(centre, 12, label, "in", room=room))
         words.append(_text(centre, height - 5, self.x.label, "in", room=room))
         words.append(_text(11, (top + bottom) / 2, self.y.label, "in", turn=-90, room=height))
         words.append(_text(centre, 13, self.title[: int(width / _CHARACTER)], "in title"))
@@ -323,18 +289,13 @@ class Plot:
 
     caption: str  # a sentence or two; screen readers read it too
     charts: tuple[Chart, ...]
-    is_wide: bool = False  # it takes the whole width of a page
+
+    @property
+    def is_wide(self) -> bool:
+        """Return True if it takes the whole width of a page."""
+        return len(self.charts) > 1 or any(chart.size[0] > 440 for chart in self.charts)
 
     @property
     def legend(self) -> dict[str, str]:
         """Return an SVG for each label of all charts."""
         return {label: key for chart in self.charts for label, key in chart.legend.items()}
-
-    @property
-    def svgs(self) -> list[str]:
-        return [chart.svg(self.caption) for chart in self.charts]
-
-
-def colour_of(names: Iterable[str]) -> dict[str, str]:
-    """Return a colour for each name, in their order; the ninth name gets the first colour again."""
-    return {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(dict.fromkeys(names))}

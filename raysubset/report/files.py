@@ -17,19 +17,6 @@ from raysubset.report.reading import read_report
 from raysubset.run_directory import RunDirectory
 
 PROGRESS_PATH = "progress.csv"
-COLUMNS: tuple[str, ...] = (  # the quality's name fills in "validation_{}"
-    "stage",
-    "round",
-    "subset",
-    "epoch",  # of the examples trained on
-    "training_iteration",  # rows of this stage, round and subset so far
-    "num_steps",  # optimizer steps of this stage, round and subset so far
-    "loss",  # mean over the epoch while training
-    "learning_rate",
-    "validation_loss",  # an actor's work has it at its end only
-    "validation_{}",
-    "passes",  # of training so far in this stage, round and subset, over the full set
-)
 
 
 def write_files(path: str) -> str:
@@ -53,7 +40,7 @@ def _write_for_tools(directory: RunDirectory, record: Record) -> None:
     quality = quality_of(record).name
     rows = list(_rows(record, quality))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(column.format(quality) for column in COLUMNS)))
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [])
     writer.writeheader()
     writer.writerows(rows)
     directory.write_bytes(PROGRESS_PATH, text.getvalue().encode())
@@ -76,11 +63,14 @@ def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
                 "stage": stage,
                 "round": round,
                 "subset": subset,
-                "training_iteration": number,
-                **{key: epoch[key] for key in ("epoch", "num_steps", "loss", "learning_rate")},
-                "validation_loss": validation.get("loss"),
+                "epoch": epoch["epoch"],  # of the examples trained on
+                "training_iteration": number,  # rows of this stage, round and subset so far
+                "num_steps": epoch["num_steps"],  # optimizer steps of this stage, round and subset so far
+                "loss": epoch["loss"],  # mean over the epoch while training
+                "learning_rate": epoch["learning_rate"],
+                "validation_loss": validation.get("loss"),  # an actor's work has it at its end only
                 f"validation_{quality}": validation.get(quality),
-                "passes": passes,
+                "passes": passes,  # of training so far in this stage, round and subset, over the full set
             }
 
 

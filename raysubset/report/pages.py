@@ -10,16 +10,18 @@ from raysubset.report.beside import find_beside
 from raysubset.report.comparison import comparison_parts, training_of_arms, verdicts
 from raysubset.report.figures import Record
 from raysubset.report.line import line_between_minima
-from raysubset.report.page import PAGE_PATH, Page, to_html
-from raysubset.report.parts import Section, drawn
+from raysubset.report.parts import Page, Section, drawn, to_html
 from raysubset.report.predictions import prediction_sections
 from raysubset.report.reading import leg_records, read_works, trial_records
 from raysubset.report.run import measured, result, what_follows
 from raysubset.report.run_plots import line_plot
 from raysubset.report.sweeps import sweep_command, sweep_sections, training_of_settings
-from raysubset.report.timeline import pauses, time_line, troubles, work_lines
+from raysubset.report.timeline import pauses, time_line, troubles, work_in_words
 from raysubset.run_directory import ENVIRONMENT_PATH, SESSIONS_PATH, RunDirectory
 from raysubset.run_directory.ledger import Ledger, Work
+from raysubset.uris import shown
+
+PAGE_PATH = "report/report.html"
 
 
 def write_page(directory: RunDirectory, record: Record) -> str:
@@ -30,12 +32,7 @@ def write_page(directory: RunDirectory, record: Record) -> str:
     """
     build = {"sweep": _sweep_page, "comparison": _comparison_page}.get(record.get("kind", ""), _run_page)
     directory.write_bytes(PAGE_PATH, to_html(build(directory, record)).encode())
-    return _below(directory, PAGE_PATH)
-
-
-def _below(directory: RunDirectory, path: str) -> str:
-    address, mark, query = directory.uri.partition("?") if directory.local_path is None else (directory.uri, "", "")
-    return f"{address}/{path}{mark}{query}"
+    return shown(directory.below(PAGE_PATH))
 
 
 def _run_page(directory: RunDirectory, record: Record) -> Page:
@@ -65,7 +62,7 @@ def _line(directory: RunDirectory, record: Record) -> Iterator[Section]:
 
 
 def _work(
-    directory: RunDirectory, ledgers: Mapping[str, Sequence[Work]], lines: Iterable[str] = (), *, of: str = "leg"
+    directory: RunDirectory, ledgers: Mapping[str, Sequence[Work]], lines: Iterable[str] = (), *, of: str = ""
 ) -> Iterator[Section]:
     """Show what was done when and where, the times in which Ray or its processes started and ended, and what was lost.
 
@@ -75,10 +72,12 @@ def _work(
     """
     works = [work for ledger in ledgers.values() for work in ledger]
     sessions = (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions", ())
-    gaps = pauses(works, sessions)
-    wall, idle = (sum(values) for values in ([s["wall_s"] for s in sessions], [g.ended - g.begun for g in gaps]))
-    text = f"Of {wall:.1f} s, nothing was at work in {idle:.1f}: Python, Ray and its processes started or ended."
-    yield Section("Time line", lines=(*((text,) if gaps else ()), *lines), plots=(time_line(works, gaps),))
+    words = list(work_in_words(works, of=of and f"{len(ledgers):,} {of}s in "))
+    if gaps := pauses(works, sessions):
+        wall, idle = sum(session["wall_s"] for session in sessions), sum(gap.ended - gap.begun for gap in gaps)
+        text = f"Of {wall:.1f} s, nothing was at work in {idle:.1f}: Python, Ray and its processes started or ended."
+        words.append(text)
+    yield Section("Time line", lines=(*words, *lines), plots=(time_line(works, gaps),))
     if section := troubles(ledgers, of=of):
         yield section
 
@@ -123,14 +122,11 @@ def _comparison_page(directory: RunDirectory, record: Record) -> Page:
 
 def _legs(directory: RunDirectory, record: Record) -> Iterator[Section]:
     """Show how the arms trained, and what was done when and where; legs that were not kept are left out."""
-    if "legs" not in record:
-        line = "An earlier version wrote this, without the legs of each arm: the same command again adds them."
-        yield Section("Training", lines=(line,))
-    elif plot := training_of_arms(record, partial(leg_records, directory)):
+    if plot := training_of_arms(record, partial(leg_records, directory)):
         yield Section("Training", plots=(plot,))
     if ledgers := read_works(directory):
-        more = ": tuning too, and arms that are no longer compared. Reading the test split is not shown"
-        yield from _work(directory, ledgers, work_lines(ledgers, of=f"{len(ledgers):,} legs", more=more))
+        line = "Tuning is there too, and arms that are no longer compared; reading the test split is not."
+        yield from _work(directory, ledgers, (line,), of="leg")
 
 
 def _sweep_page(directory: RunDirectory, record: Record) -> Page:
@@ -151,11 +147,10 @@ def _trials(directory: RunDirectory, record: Record) -> Iterator[Section]:
     reasons = {name: "no report" if state == "done" else state for name, state in states.items()}
     left_out = ", ".join(f"{name} ({reason})" for name, reason in reasons.items() if name not in records)
     yield Section("Training", lines=(f"Left out: {left_out}.",) if left_out else (), plots=drawn(plot))
-    num = sum(name in ledgers for name in states)
-    of = f"{num:,} trial{'s' * (num != 1)}" + (" and the trunks they share" if len(ledgers) > num else "")
     without = ", ".join(name for name in states if name not in ledgers)
-    lines = [f"No work is recorded for {without}."] if without else []
+    lines = ["Trunks that trials share count as trials."] if ledgers.keys() - states.keys() else []
+    lines += [f"No work is recorded for {without}."] if without else []
     if ledgers:
-        yield from _work(directory, ledgers, [*work_lines(ledgers, of=of), *lines], of="trial")
+        yield from _work(directory, ledgers, lines, of="trial")
     else:
         yield Section("Time line", lines=tuple(lines))

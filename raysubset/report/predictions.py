@@ -114,7 +114,7 @@ def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> Plot:
     chart.y.label = "label"
     chart.x = Axis("predicted", ticks=chart.y.ticks, low=-0.5, high=num - 0.5)
     caption = f"Confusion matrix of the final model on {int(counts.sum()):,} test examples."
-    return Plot(caption, (chart,), is_wide=num > 10)
+    return Plot(caption, (chart,))
 
 
 def confused_pairs(counts: np.ndarray, class_names: Sequence[str]) -> Section:
@@ -192,14 +192,15 @@ def residuals_plot(predictions: pa.Table, outputs: Sequence[str]) -> Plot:
         ends = [value for value in target if math.isfinite(value)]
         equal = [(end(ends), end(ends)) for end in (min, max) if ends]
         chart.line(equal, BAD, "where both are equal", dash="2 4", width=1.5)
-        chart.points(zip(target, prediction, strict=True), COLOURS[0], "test example", marker=".", alpha=0.7)
+        points = zip(target, prediction, strict=True)
+        chart.line(points, COLOURS[0], "test example", marker=".", width=0, alpha=0.7)
         charts.append(chart)
     left_out = len(outputs) - len(drawn)
     caption = (
         f"Predictions of the final model over the truth, {len(shown):,} of {len(predictions):,} test examples."
         f"{f' {left_out} more outputs are left out.' if left_out else ''}"
     )
-    return Plot(caption, tuple(charts), is_wide=len(charts) > 1)
+    return Plot(caption, tuple(charts))
 
 
 def worst_predictions(predictions: pa.Table, outputs: Sequence[str]) -> Section:

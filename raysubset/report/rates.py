@@ -7,8 +7,7 @@ from raysubset.events import Note
 from raysubset.quality import Quality
 from raysubset.report.commands import comparison_beside, margin_in_words
 from raysubset.report.drawing import COLOURS, GOOD, Chart, Plot
-from raysubset.report.page import Page, write_file
-from raysubset.report.parts import Command, Line, Section
+from raysubset.report.parts import Command, Line, Page, Section, write_file
 
 if TYPE_CHECKING:
     from raysubset.training import RateRange  # loads torch

@@ -15,7 +15,7 @@ from raysubset.run_directory import (
     RunDirectory,
     aggregate_path,
     at_once,
-    history_path,
+    minima_folder,
     minimum_folder,
     minimum_path,
     subsample_folder,
@@ -59,22 +59,13 @@ def read_report(path: str) -> dict[str, Any]:
 
 def _how_far(directory: RunDirectory, config: Config) -> str:
     """Say in words what the directory holds of each stage."""
-    words = [_training_done(directory, stage) for stage in ("conventional", "trunk")]
-    if files := directory.list("rounds", recursive=True):
-        num_done = sum(path.endswith("/aggregate.json") for path in files)
-        of_next = (path for path in files if path.startswith(f"rounds/{num_done:04d}/"))
-        num_minima = sum(path.endswith("/minimum.json") for path in of_next)
-        words.append(f"{num_done} of {config.rounds.num} rounds done")
-        words.append(f"the next round has {num_minima} minima" if num_minima else "")
-    words.append(_training_done(directory, "fine_tuning"))
-    return ", ".join(filter(None, words)) or "no stage is done"
-
-
-def _training_done(directory: RunDirectory, stage: str) -> str:
-    if directory.exists(minimum_path(stage)):
-        return f"{stage} done"
-    history = directory.read_json_or_none(history_path(stage)) if directory.exists(history_path(stage)) else None
-    return f"{stage} is {history[-1]['epoch']:g} epochs far" if history else ""
+    done = [path for path in directory.list(recursive=True) if path.endswith(("/minimum.json", "/aggregate.json"))]
+    words = [f"{stage} done" for stage in ("conventional", "trunk") if minimum_path(stage) in done]
+    if any(path.startswith("rounds/") for path in done):
+        num_done = sum(path.endswith("/aggregate.json") for path in done)
+        num_minima = sum(path.startswith(minima_folder(num_done)) for path in done)
+        words.append(f"{num_done} of {config.rounds.num} rounds done, the next round has {num_minima} minima")
+    return ", ".join(words) or "no stage is done"
 
 
 def _read(paths: Mapping[str, str], directory: RunDirectory) -> dict[str, Any]:

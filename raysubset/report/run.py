@@ -29,7 +29,7 @@ from raysubset.report.figures import (
 )
 from raysubset.report.findings import findings, next_commands
 from raysubset.report.parts import Column, Command, Line, Section, drawn, table
-from raysubset.report.run_plots import costs_by_stage, gap_over_q, minima_losses, story
+from raysubset.report.run_plots import gap_over_q, minima_losses, story
 
 MOST_ROWS = 12  # minima or rounds that get a row each
 
@@ -374,7 +374,7 @@ def _costs(record: Record) -> Section:
         lines.append(f"Traces of some steps, for Perfetto, in this run's directory: {', '.join(traces)}.")
     if (num := seconds["num_sessions"]) > 1:
         lines.append(f"This run was resumed: wall seconds are of its {num} sessions; those of stages count the pauses.")
-    return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines), drawn(costs_by_stage(record)))
+    return Section("Costs", ("", "amount", ""), tuple(rows), tuple(lines))
 
 
 def _counted(metrics: Record, quality: Quality, show: Callable[[float | None], str] | None = None) -> str:

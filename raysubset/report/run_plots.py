@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from raysubset.quality import quality_of
-from raysubset.report.curves import STAGE_COLOURS, VALIDATION, draw_validation, run_stages
+from raysubset.report.curves import MARKERS, STAGE_COLOURS, VALIDATION, draw_curve, run_stages
 from raysubset.report.drawing import COLOURS, GREY, Axis, Chart, Plot
 from raysubset.report.figures import Record, finite, is_least_squares, loss_name
 
@@ -27,10 +27,11 @@ def story(record: Record, rival: Record | None = None) -> Plot | None:
     points = [point[:2] for stage in stages for point in stage.validation if math.isfinite(point[1])]
     if len(points) < 2:
         return None
-    chart.line(points, GREY, width=1.2, dash="3 3", is_named=False)
+    chart.line(points, GREY, width=1.2, dash="3 3")
     for stage in stages:
         label = {"subsets": "mean of the minima", "aggregation": "aggregate"}.get(stage.name, stage.name)
-        draw_validation(chart, stage, STAGE_COLOURS[stage.name], label.replace("_", " "), width=2)
+        marker = MARKERS.get(stage.name, "s")
+        draw_curve(chart, stage.validation, STAGE_COLOURS[stage.name], label.replace("_", " "), marker=marker)
     if rival is not None:
         label = f"{rival['method'].replace('_', ' ')} run, {rival['cost']['passes']:.3g} passes"
         value = quality.scale * finite(rival["validation"][quality.name])
@@ -50,7 +51,8 @@ def minima_losses(record: Record) -> Plot | None:
     places, names = [*range(num), 1.025 * num + 0.5], [*(f"{minimum['subset_id']}" for minimum in minima), "aggregate"]
     for split, colour, label in (("training", TRAINING, "own data"), ("validation", VALIDATION, "validation")):
         losses = [finite(work[split]["loss"]) for work in (*minima, aggregation)]
-        chart.points(zip(places, losses, strict=True), colour, label, marker="o" if num <= 40 else ".", names=names)
+        marker = "o" if num <= 40 else "."
+        chart.line(zip(places, losses, strict=True), colour, label, marker=marker, width=0, names=names)
         chart.across(losses[-1], colour)
     step = max(1, round(num / 6))
     ticks = list(zip(places, names, strict=True))
@@ -78,7 +80,7 @@ def gap_over_q(record: Record) -> Plot | None:
     if len(points) < 2 or (max(ratios) < 1.02 * min(ratios) and not has_law):
         return None
     chart = Chart("Q = examples × outputs / parameters", "validation loss / own loss")
-    chart.points(points, TRAINING, "minimum", alpha=0.7)
+    chart.line(points, TRAINING, "minimum", marker="o", width=0, alpha=0.7)
     chart.across(1)
     low, high = 0.7 * min(ratios), 1.4 * max(ratios)
     chart.x.low, chart.x.high, chart.y.low = low, high, 0
@@ -94,27 +96,6 @@ def gap_over_q(record: Record) -> Plot | None:
 
 def _validation_label(record: Record) -> str:
     return "validation loss" if (name := loss_name(record)) == "loss" else f"validation loss, {name}"
-
-
-def costs_by_stage(record: Record) -> Plot | None:
-    """Draw the passes and seconds of each stage; None if there is a single stage."""
-    rows, charts = record["cost"]["stages"], []
-    if len(rows) < 2:
-        return None
-    names = [row["stage"].replace("_", " ") for row in rows]
-    of_passes = ("passes", "passes in total", 0), ("critical_path_passes", "passes on the critical path", 1)
-    of_seconds = ("device_s", "device seconds", 4), ("wall_s", "wall seconds", 6)
-    for unit, pair in (("passes", of_passes), ("seconds", of_seconds)):
-        chart = Chart(unit, "", size=(300, 46 + 30 * len(rows)))
-        chart.name_rows(names)
-        chart.x.low = 0
-        for shift, (key, label, number) in zip((-0.2, 0.2), pair, strict=True):
-            for place, row in enumerate(rows):
-                tip = f"{names[place]}\n{label}: {row[key]:.4g}"
-                chart.bar(place + shift, 0, row[key], COLOURS[number], label, height=0.36, tip=tip)
-        charts.append(chart)
-    caption = "Where the passes and the seconds went: each stage's passes on both clocks, its device and wall seconds."
-    return Plot(caption, tuple(charts))
 
 
 def line_plot(record: Record, line: Sequence[Record], subset_ids: Sequence[int]) -> Plot:

@@ -9,8 +9,7 @@ from raysubset.events import Note
 from raysubset.quality import quality_of
 from raysubset.report.curves import run_stages, training_plot
 from raysubset.report.figures import Record, difference, finite, loss_name, with_error
-from raysubset.report.page import Page, write_file
-from raysubset.report.parts import Line, Section, drawn
+from raysubset.report.parts import Line, Page, Section, drawn, write_file
 from raysubset.report.reading import read_report
 
 _OF_THE_PLACE = ("name", "storage_path")  # settings that the runs' names already show

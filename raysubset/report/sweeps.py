@@ -131,8 +131,10 @@ def _spread(heading: str, key: str, show: Callable[[float], str]) -> Column:
 
 
 def sweep_plot(record: Record) -> Plot | None:
-    """Draw loss, quality and passes against subset size and Q, as in arXiv:2410.16523: a line for each combination of
-    the other swept settings; if there is one combination, losses and qualities before and after fine-tuning.
+    """Draw loss, quality and passes against subset size, with Q at each point, as in arXiv:2410.16523.
+
+    There is a line for each combination of the other swept settings. If there is one combination, lines are of losses
+    and qualities before and after fine-tuning.
 
     Returns:
         The plot; None if trials of fewer than two sizes have a result.
@@ -163,27 +165,26 @@ def sweep_plot(record: Record) -> Plot | None:
     for chart, key, scale, dash in (*conventional, (passes, "passes", 1.0, "")):
         if value := baseline.get(key):
             chart.across(scale * value["mean"], GREY, f"conventional, {key.partition('_')[0]}", dash=dash)
-    ratio = drawn[0]["overdetermination_ratio"] / drawn[0]["subset_size"]
-    has_one_ratio = all(math.isclose(s["overdetermination_ratio"], ratio * s["subset_size"]) for s in drawn)
-    for chart in charts:
-        chart.above = ("Q", ratio) if has_one_ratio else None
     num_seeds = statistics.median(setting["num_seeds"] for setting in drawn)
     caption = (
         f"By subset size, n = {num_seeds:g} seeds, bars: standard error over seeds; dashed passes: critical path; "
         "grey: conventional training, if it was run, dotted on test data."
     )
-    return Plot(caption, charts, is_wide=True)
+    return Plot(caption, charts)
 
 
 def _line(
     chart: Chart, settings: Sequence[Record], key: str, label: str, colour: str, *, scale: float = 1, dash: str = ""
 ) -> None:
     """Draw a line with error bars over seeds through the settings that have the value."""
-    spreads = [(setting["subset_size"], setting[key]) for setting in settings if setting.get(key)]
+    drawn = [setting for setting in settings if setting.get(key)]
+    spreads = [(setting["subset_size"], setting[key]) for setting in drawn]
     values = [(size, scale * spread["mean"], scale * (spread["standard_error"] or 0.0)) for size, spread in spreads]
+    names = [f"{s['subset_size']:g} (Q = {formatted(s['overdetermination_ratio'], '.3g')})" for s in drawn]
     bars = [(value - error, value + error) for _, value, error in values]
     has_bars = any(error for *_, error in values)
-    chart.line([value[:2] for value in values], colour, label, marker="o", dash=dash, bars=bars if has_bars else ())
+    points, bars = [value[:2] for value in values], bars if has_bars else ()
+    chart.line(points, colour, label, marker="o", dash=dash, bars=bars, names=names)
 
 
 def training_of_settings(record: Record, reports: Mapping[str, Record]) -> Plot | None:

@@ -1,13 +1,12 @@
-"""Draw the time line of a run, comparison or sweep from its ledgers: what each actor and worker did on which node, what
-waited, and what was lost."""
+"""Draw the time line of a run, comparison or sweep from its ledgers: what each actor and worker did on which node, and
+what was lost."""
 
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import cycle
 
-from raysubset.report.drawing import BAD, GREY, Chart, Plot, colour_of
+from raysubset.report.drawing import BAD, COLOURS, GREY, Chart, Plot
 from raysubset.report.figures import Record
 from raysubset.report.parts import Section, table
 from raysubset.run_directory.ledger import Work, total_cost
@@ -31,15 +30,6 @@ def lanes(works: Iterable[Work]) -> list[list[Work]]:
             node_lanes.append(lane := [])
         lane.append(work)
     return [lane for node_lanes in by_node.values() for lane in node_lanes]
-
-
-def waiting(works: Iterable[Work]) -> list[tuple[float, int]]:
-    """Return (unix s, number of queued pieces from then on) whenever the queue changed."""
-    waited, changes = [work for work in works if work.waited_s > 0], Counter[float]()
-    changes.update(work.started_at - work.waited_s for work in waited)
-    changes.subtract(work.started_at for work in waited)
-    moments = sorted(changes)
-    return list(zip(moments, accumulate(changes[moment] for moment in moments), strict=True))
 
 
 @dataclass(frozen=True)
@@ -69,16 +59,16 @@ def pauses(works: Iterable[Work], sessions: Iterable[Record]) -> list[Pause]:
 
 
 def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
-    """Draw a Gantt chart: a bar for each attempt, a row for each actor or driver and for Ray; below it the queue.
+    """Draw a Gantt chart: a bar for each attempt, a row for each actor or driver and for Ray.
 
     Args:
         gaps: what pauses() returns.
     """
-    all_lanes, queue = lanes(works), waiting(works)
+    all_lanes = lanes(works)
     drawn = all_lanes[:MOST_LANES]
-    begun = min([work.started_at for work in works] + [moment for moment, _ in queue] + [gap.begun for gap in gaps])
+    begun = min([work.started_at for work in works] + [gap.begun for gap in gaps])
     ended = max([work.started_at + work.wall_s for work in works] + [gap.ended for gap in gaps])
-    colours = colour_of(work.stage for work in works)
+    colours = dict(zip(dict.fromkeys(work.stage for work in works), cycle(COLOURS), strict=False))
     rows = [*(["Ray"] if gaps else []), *_names(drawn)]
     chart = Chart("seconds since the start", "", size=(960, 46 + 22 * max(2, len(rows))))
     chart.name_rows(rows)
@@ -91,24 +81,15 @@ def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
     for row, lane in enumerate(drawn, len(rows) - len(drawn)):
         for work in lane:
             _bar(chart, row, work, begun, colours[work.stage])
-    charts = [chart]
-    if queue:
-        below = Chart(chart.x.label, "waiting", size=(960, 110))
-        chart.x.label, below.y.low = "", 0
-        steps = pairwise([(begun, 0), *queue, (ended, 0)])
-        corners = [(moment - begun, num) for (start, num), (end, _) in steps for moment in (start, end)]
-        below.line(corners, GREY, "pieces of work that wait", is_named=False)
-        charts.append(below)
-    for each in charts:
-        each.x.low, each.x.high, each.left = 0.0, 1.005 * max(ended - begun, 1e-3), 120
+    chart.x.low, chart.x.high = 0.0, 1.005 * max(ended - begun, 1e-3)
     left_out = len(all_lanes) - len(drawn)
     caption = (
         "Time line of the ledger. Each bar is an attempt, each row an actor, worker group or driver on its node. "
         "Numbers are subsets, a prime is another attempt, ×n a group of n workers, a red cross a lost or failed "
-        "attempt. Grey: nothing was at work, while Ray or its processes started or ended. The curve below, if work had "
-        f"to wait for room: the pieces that waited.{f' {left_out} more rows are left out.' if left_out > 0 else ''}"
+        "attempt. Grey: nothing was at work, while Ray or its processes started or ended."
+        f"{f' {left_out} more rows are left out.' if left_out > 0 else ''}"
     )
-    return Plot(caption, tuple(charts), is_wide=True)
+    return Plot(caption, (chart,))
 
 
 def _bar(chart: Chart, row: int, work: Work, begun: float, colour: str) -> None:
@@ -123,7 +104,7 @@ def _bar(chart: Chart, row: int, work: Work, begun: float, colour: str) -> None:
     ended_badly = work.outcome in _ENDED_BADLY
     chart.bar(row, start, end, colour, name, alpha=0.35 if ended_badly else 1.0, text=text, tip="\n".join(facts))
     if ended_badly:
-        chart.points([(end, row)], BAD, "lost or failed", marker="x", names=[", ".join(facts)])
+        chart.line([(end, row)], BAD, "lost or failed", marker="x", width=0, names=[", ".join(facts)])
 
 
 def _names(drawn: Sequence[Sequence[Work]]) -> list[str]:
@@ -168,20 +149,16 @@ def _subset(work: Work) -> str:
     return "" if work.subset is None else f", subset {work.subset}"
 
 
-def work_lines(ledgers: Mapping[str, Sequence[Work]], *, of: str, more: str = "") -> Iterator[str]:
-    """Say in words what a comparison's legs or a sweep's trials took together.
+def work_in_words(works: Sequence[Work], *, of: str = "") -> Iterator[str]:
+    """Yield sentences on what the work took together.
 
     Args:
-        ledgers: by the names of the legs or trials.
-        of: the subject of the sentence, such as "12 legs".
-        more: appended to it: what the sums include and leave out.
+        of: what it is of, such as "12 legs in ".
     """
-    works = [work for ledger in ledgers.values() for work in ledger]
-    num_lost = sum(work.outcome in _ENDED_BADLY for work in works)
-    num_nodes, waits = len({work.node for work in works}), [work.waited_s for work in works]
+    num_lost, num_nodes = sum(work.outcome in _ENDED_BADLY for work in works), len({work.node for work in works})
     yield (
-        f"{of} in {len(works):,} attempts, {num_lost or 'none'} of them lost or failed, on {num_nodes} "
-        f"node{'s' if num_nodes > 1 else ''}, took {total_cost(works).device_s:,.0f} device-seconds{more}."
+        f"{of}{len(works):,} attempts, {num_lost or 'none'} of them lost or failed, on {num_nodes} "
+        f"node{'s' if num_nodes > 1 else ''}, took {total_cost(works).device_s:,.0f} device-seconds."
     )
-    if max(waits):
+    if max(waits := [work.waited_s for work in works]):
         yield f"An attempt waited {statistics.fmean(waits):.1f} s for room on average, {max(waits):.1f} s at most."

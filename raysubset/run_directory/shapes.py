@@ -82,7 +82,7 @@ _SWEEP = (
 _INTERVAL = {"coverage": _NUMBER, "num": int} | _all(_LOSS, "estimate low high")
 _MEAN = _PAID | _all(_NUMBER, "num_seeds critical_path_s storage_reads?") | _all(_LOSS, "validation_loss test_{}")
 _RUN = {"leg": str, "error": (str,)}
-_POINT = {"budget": _NUMBER, "runs?": [_RUN], "difference": (_INTERVAL,), "is_non_inferior": (bool,)}
+_POINT = {"budget": _NUMBER, "runs": [_RUN], "difference": (_INTERVAL,), "is_non_inferior": (bool,)}
 _POINT["mean"] = (_MEAN | {"test_{}_interval": _INTERVAL},)
 _SETTINGS = {"learning_rate": _NUMBER, "batch_size": int}
 _ARM = _all(str, "key title role") | {"settings": _SETTINGS, "points": [_POINT]}
@@ -96,7 +96,7 @@ _COMPARISON = (
     _HEAD
     | {"config": _CONFIG, "environment": (_ENVIRONMENT,), "data": _DATA, "model": _MODEL, "seeds": [int]}
     | {"regime": _REGIME | _all(int, "num_subsets num_parameters num_workers")}
-    | {"margin": _NUMBER, "arms": [_ARM], "failed": {"*": str}, "legs?": {"*": _LEG}, "network": _NETWORK}
+    | {"margin": _NUMBER, "arms": [_ARM], "failed": {"*": str}, "legs": {"*": _LEG}, "network": _NETWORK}
     | {"conventional": _all(_NUMBER, "budget test_{} target_{}")}
     | {"speed_ups": _all({"*": {"interval": _INTERVAL}}, "total critical_path")}
     | {"verdicts": _all(_all(str, "word text") | {"is_smoke_test?": bool}, "total critical_path")}
