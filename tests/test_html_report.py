@@ -724,22 +724,10 @@ def test_several_runs_are_laid_side_by_side_with_what_differs(tmp_path: Path):
     assert ("minimize.learning_rate", "–", "0.25") in settings.rows
     assert "seed" not in [row[0] for row in settings.rows]
     path = write_several(read_several([run.uri for run in runs]), str(tmp_path / "out/both.html"))
-    read = check_self_contained(Path(path).read_text())
-    assert read.verdict == ["a has the highest test accuracy, 90.00 ± 3.00 %, for 12.00 passes, the fewest of all."]
+    assert "90.00 ± 3.00" in check_self_contained(Path(path).read_text()).cells
 
 
-def test_a_dearer_run_within_the_noise_of_the_cheapest_is_told_so(tmp_path: Path):
-    cost = a_record()["cost"]
-    runs = [
-        a_directory(tmp_path, a_record(cost=cost | {"passes": passes}, test=metrics(0.5, right, 100)), name=name)
-        for name, passes, right in (("a", 20.0, 90), ("b", 12.0, 89))
-    ]
-    read = Read(Path(write_several(read_several([run.uri for run in runs]), str(tmp_path / "both.html"))).read_text())
-    paid = "b paid least, 12.00 passes, for 89.00 ± 3.13 %, which is within the noise."
-    assert read.verdict == [f"a has the highest test accuracy, 90.00 ± 3.00 %, for 20.00 passes; {paid}"]
-
-
-def test_of_several_runs_of_another_task_the_one_with_the_lowest_is_named_where_less_is_better(tmp_path: Path):
+def test_several_runs_of_another_task_have_its_quality_and_runs_of_two_tasks_are_refused(tmp_path: Path):
     runs = [
         a_directory(
             tmp_path, of_task(a_record(cost=cost, test=metrics(0.5, right, 100)), "next_token", BITS), name=name
@@ -749,8 +737,6 @@ def test_of_several_runs_of_another_task_the_one_with_the_lowest_is_named_where_
     ]
     table, _ = several_sections(read_several([run.uri for run in runs]))
     assert ("test bits a token", "1.4", "1.2") in table.rows
-    read = Read(Path(write_several(read_several([run.uri for run in runs]), str(tmp_path / "both.html"))).read_text())
-    assert read.verdict == ["b has the lowest test bits, 1.2 bits a token, for 11.00 passes, the fewest of all."]
     with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits\)"):
         read_several([runs[0].uri, a_directory(tmp_path, name="c").uri])
 

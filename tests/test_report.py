@@ -416,7 +416,6 @@ def test_warnings_of_the_run_are_repeated():
     tells = text([one(sections(a_record()), "What this tells")])
     assert "warning: subset 3 lacks class 7" in tells
     assert "Q of 4 subsets" not in tells
-    assert "fine_tuning had 2 workers" in tells
 
 
 def test_a_note_without_a_text_is_refused_by_its_place():

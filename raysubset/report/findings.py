@@ -24,7 +24,6 @@ def findings(record: Record) -> Iterator[str | Note]:
             yield _compared("Fine-tuning", fine_tuning["validation"], aggregate, "the aggregate", quality)
             if record["config"]["fine_tuning"]["start"] == "reinit":
                 yield "Fine-tuning started from fresh weights: the subset stage did not go into the final model."
-    yield from _of_batch_norm(record)
     num = record["validation"]["num_examples"]
     if standard_error(record["validation"], quality) is None:
         yield "This quality has no known error, and this is one run: small differences may be noise."
@@ -80,16 +79,6 @@ def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) 
     """Compare the quality and loss of new with old in a sentence, on the same validation examples."""
     change = difference(new, old, quality).in_words(quality, "it helped", "it did harm")
     return f"{what}, against {than}: {change}, loss {finite(new['loss']) - finite(old['loss']):+.4f}."
-
-
-def _of_batch_norm(record: Record) -> Iterator[str]:
-    for stage in ("trunk", "fine_tuning", "conventional"):
-        work = record["stages"].get(stage)
-        if work and work.get("recomputed_batch_norm") and work["num_workers"] > 1:
-            yield (
-                f"{stage} had {work['num_workers']} workers, each normalising its own part of a batch, so its result "
-                "depends on their number; batch-norm statistics were recomputed on training examples at the end."
-            )
 
 
 def next_commands(record: Record, beside: Beside) -> Iterator[str | Command]:

@@ -8,7 +8,7 @@ from raysubset.config import flatten
 from raysubset.events import Note
 from raysubset.quality import quality_of
 from raysubset.report.curves import run_stages, training_plot
-from raysubset.report.figures import Record, difference, finite, loss_name, with_error
+from raysubset.report.figures import Record, finite, loss_name, with_error
 from raysubset.report.parts import Line, Page, Section, drawn, write_file
 from raysubset.report.reading import read_report
 
@@ -103,22 +103,5 @@ def _names(records: Sequence[Record]) -> list[str]:
 def write_several(records: Sequence[Record], path: str) -> str:
     """Write one HTML page of several runs, which read_several() has read, to a local file; return its path."""
     facts = tuple(zip(_names(records), (record["uri"] for record in records), strict=True))
-    page = Page("Comparison of runs", (_verdict(records),), tuple(several_sections(records)), facts=facts)
+    page = Page("Comparison of runs", (), several_sections(records), facts=facts)
     return write_file(page, path)
-
-
-def _verdict(records: Sequence[Record]) -> str:
-    runs, quality = list(zip(_names(records), records, strict=True)), quality_of(records[0])
-    key, unit = quality.name, "%" if quality.is_share else quality.unit
-    gains = {name: quality.gain(record["test"][key]) for name, record in runs if record["test"][key] is not None}
-    if not gains:
-        return f"No run has a finite test {key}."
-    best_name, best = max((run for run in runs if run[0] in gains), key=lambda run: gains[run[0]])
-    cheapest_name, cheapest = min(runs, key=lambda run: run[1]["cost"]["passes"])
-    high, low = (f"{_reached(record)} {unit}".rstrip() for record in (best, cheapest))
-    extreme = "highest" if quality.higher_is_better else "lowest"
-    text = f"{best_name} has the {extreme} test {key}, {high}, for {best['cost']['passes']:.2f} passes"
-    if best is cheapest:
-        return f"{text}, the fewest of all."
-    noise = ", which is within the noise" if difference(best["test"], cheapest["test"], quality).is_noise else ""
-    return f"{text}; {cheapest_name} paid least, {cheapest['cost']['passes']:.2f} passes, for {low}{noise}."
