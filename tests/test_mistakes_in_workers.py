@@ -1,5 +1,7 @@
 """What a Ray Train worker raises: tried again where it came from outside its work, and only there."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +15,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from raysubset.config import Config
 from raysubset.data import load_full_set
+from raysubset.errors import CorruptFile
 from raysubset.events import Event, Retry
 from raysubset.fine_tuning import worker
 from raysubset.fine_tuning.job import FineTuningFailed, Job
@@ -86,6 +89,31 @@ def test_a_job_is_tried_again_after_its_controller_lost_an_actor(directory, monk
     assert len(failures) == 8  # the sixth left the last checkpoint
     retries = [event.text for event in events if isinstance(event, Retry)]
     assert ["1 of 3" in text for text in retries] == [True] * 6 + [False]
+
+
+def test_a_damaged_file_that_a_worker_meets_is_the_drivers_to_have_made_again(directory, monkeypatch):
+    """A teacher's weights, which only workers read. It is not tried again as it is, and no mistake of the user's."""
+    damage = CorruptFile("rounds/0000/minima/0001/weights.safetensors", "it was changed")
+
+    def meet(*_: object) -> None:
+        raise damage
+
+    monkeypatch.setattr(worker, "_train", meet)
+    monkeypatch.setattr(worker, "published", lambda key: nullcontext())
+    context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(worker, "ray", SimpleNamespace(train=SimpleNamespace(get_context=lambda: context)))
+    job = replace(job_in(directory), workplace=SimpleNamespace(enter=lambda: None))
+    with pytest.raises(CorruptFile, match="it was changed"):
+        worker.train_loop({"job": job, "pulses": ""})
+    assert decision(directory, damage) == FailureDecision.RAISE
+
+    def fail(trainer: WatchedTrainer) -> None:
+        raise cloudpickle.loads(cloudpickle.dumps(WorkerGroupError("failed", {1: damage})))
+
+    monkeypatch.setattr(WatchedTrainer, "fit", fail)
+    with pytest.raises(CorruptFile) as told:
+        fit(job, tell=lambda event: None)
+    assert told.value.path == damage.path
 
 
 def test_errors_of_a_controller_itself_end_a_job(directory, monkeypatch):

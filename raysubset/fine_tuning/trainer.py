@@ -23,7 +23,7 @@ from raysubset.cluster.private_ray import (
     TrainController,
     get_env_vars_to_propagate,
 )
-from raysubset.errors import one_line
+from raysubset.errors import CorruptFile, one_line
 from raysubset.events import OnEvent, Retry, Waiting
 from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
 from raysubset.fine_tuning.lookout import TrainLookout
@@ -60,8 +60,8 @@ class Failures:
 class Attempts(DefaultFailurePolicy):
     """Ray Train's policy: tries again until failures of workers or starts come too often without a new checkpoint.
 
-    It ends on mistakes of the work, which would recur. If a worker was lost as well, the others' errors may follow from
-    that, and the job is tried again. Notices of preemption do not count.
+    It ends on mistakes of the work, which would recur, and on damaged files. If a worker was lost as well, the others'
+    errors may follow from that, and the job is tried again. Notices of preemption do not count.
     """
 
     def __init__(self, directory: RunDirectory, stage: str, *, most: int, most_starts: int) -> None:
@@ -72,7 +72,7 @@ class Attempts(DefaultFailurePolicy):
     def make_decision(self, training_failed_error: ray.train.TrainingFailedError) -> FailureDecision:
         errors = getattr(training_failed_error, "worker_failures", {}).values()
         is_worker_lost = any(isinstance(error, SYSTEM_ERRORS) for error in errors)
-        if not is_worker_lost and any(isinstance(error, MistakeError) for error in errors):
+        if not is_worker_lost and any(isinstance(error, MistakeError | CorruptFile) for error in errors):
             return FailureDecision.RAISE
         for kind, failures, limit in self._failures:
             if isinstance(training_failed_error, kind) and failures.count() >= limit:
@@ -161,8 +161,11 @@ def fit(job: Job, *, tell: OnEvent) -> None:
 
 
 def _failure(error: Exception, piece: Piece, stalled: str) -> Exception:
-    """Return the error of a job that Ray Train has given up: a ValueError for mistakes, else a FineTuningFailed."""
+    """Return the error of a job that Ray Train has given up: a ValueError for mistakes, a damaged file's, else a
+    FineTuningFailed."""
     causes = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
+    if damage := next((cause for cause in causes if isinstance(cause, CorruptFile)), None):
+        return damage
     if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
         text = f"{piece.stage}, {mistake.text}"
         return ValueError(text) if mistake.is_value_error else FineTuningFailed(text)

@@ -10,7 +10,7 @@ import torch
 
 from raysubset.cluster import own_address, published
 from raysubset.costs import count_bytes
-from raysubset.errors import one_line
+from raysubset.errors import CorruptFile, one_line
 from raysubset.fine_tuning.job import Job
 from raysubset.fine_tuning.streaming import read_by_ray_data
 from raysubset.pulse import stand
@@ -33,6 +33,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
         MistakeError: for an error of the worker's own work, which would recur; errors of connections, storage and
             devices pass through.
         LeftOutError: if a step left out parameters; the run records it, and the next attempt allows it.
+        CorruptFile: if a teacher's weights are damaged; the driver has them made again.
     """
     context, job = ray.train.get_context(), settings["job"]
     shard = Shard(context.get_world_rank(), context.get_world_size())
@@ -46,7 +47,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
         job.piece.directory.write_json(left_out_path(job.piece.stage), {"leaves_out": True})
         raise
     except Exception as error:
-        if _may_pass(error):
+        if isinstance(error, CorruptFile) or _may_pass(error):
             raise
         place_text = f"worker {shard.rank} of {shard.num} on node {own_address()}"
         raise MistakeError(f"{place_text}: {one_line(error)}", isinstance(error, ValueError)) from error
