@@ -149,6 +149,12 @@ def sizes(structure: UnitStructure) -> list[int]:
         (lambda net, x: net.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 6, {"a": nn.LayerNorm(6)}, [6]),
         (lambda net, x: net.a(x[:, ::2]), 4, {"a": nn.Conv2d(3, 4, 1)}, [3, 3, 4]),  # three reach nothing
         (lambda net, x: net.a(net.a(x)), 6, {"a": nn.Conv2d(6, 6, 1)}, [6]),  # one module twice
+        (
+            lambda net, x: net.a(torch.cat([x, RAMP.expand(x.shape[0], 1, 6, 6)], 1)),
+            4,
+            {"a": nn.Conv2d(7, 4, 1)},
+            [6, 4],
+        ),
         (lambda net, x: net.a(x) - x.softmax(1), 6, {"a": nn.BatchNorm2d(6, affine=False)}, [6]),
     ],
 )
@@ -184,10 +190,17 @@ def test_units_of_which_each_has_a_constant_of_its_own_stay_in_place():
     assert sizes(assert_unchanged(alike, (3, 8, 8))) == [6, 4]
 
 
-def test_units_that_meet_each_other_crosswise_stay_in_place():
-    """x₀ + x₁ and x₁ + x₀ are one value in two places, which is a contradiction for a permutation of the filters."""
+def test_a_constant_channel_beside_others_does_not_move():
+    ramp = torch.linspace(0, 1, 36, dtype=torch.float64).view(1, 1, 6, 6).expand(2, 1, 6, 6)
+    model = Network(lambda net, x: net.last(torch.cat([x, ramp], 1)), 4, last=nn.Conv2d(7, 4, 1))
+    assert sizes(trace_units(model, Spec((3, 8, 8), (5,)))) == [6, 4]
+
+
+def test_units_that_meet_each_other_crosswise_are_permuted_in_pairs():
     model = Network(lambda net, x: net.last(x + x.flip(1)), 4, last=nn.Conv2d(6, 4, 1))
-    assert sizes(assert_unchanged(model, (3, 8, 8))) == [4]
+    structure = assert_unchanged(model, (3, 8, 8))
+    assert sizes(structure) == [3, 4]
+    assert structure.groups[0].axes[0].positions.tolist() == [[0, 5], [1, 4], [2, 3]]
 
 
 def test_a_residual_stream_that_widens_by_zeros_is_permuted_by_parts():
@@ -255,9 +268,9 @@ def test_a_network_whose_units_are_all_held_is_refused_with_the_operation_named(
 
 def test_a_wrong_structure_does_not_pass_the_check(monkeypatch):
     """As if softmax over channels and a sum over every second one were the same thing."""
-    from raysubset.aggregation.alignment import operations
+    from raysubset.aggregation.alignment import unit_tracer
 
-    monkeypatch.setattr(operations, "MIXING", frozenset({"cumsum"}))
+    monkeypatch.setattr(unit_tracer, "_MIXING", frozenset({"cumsum"}))
     with pytest.raises(ValueError, match="permuted units change the outputs"):
         trace_units(Network(lambda net, x: torch.cumsum(x, 1)), Spec((3, 8, 8), (5,)))
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from raysubset.aggregation.alignment.labels import Layer
-from raysubset.aggregation.alignment.operations import read_by_batch_norm_alone
 from raysubset.aggregation.alignment.tracing import UnitStructure, walk
+from raysubset.aggregation.alignment.unit_tracer import Layer
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Mean and standard deviation, float64 [C] each, of a layer's output channels, by the layer's node."""
@@ -74,17 +73,9 @@ def repair(model: nn.Module, structure: UnitStructure, targets: Statistics, batc
 
 def _repaired(network: fx.GraphModule, structure: UnitStructure) -> list[Layer]:
     """Return the layers that repair() changes."""
-    nodes = {node.name: node for node in network.graph.nodes}
-    modules = [node.target for node in nodes.values() if node.op == "call_module"]
+    modules = [node.target for node in network.graph.nodes if node.op == "call_module"]
     frozen = {name.rpartition(".")[0] for name, p in network.named_parameters() if not p.requires_grad}
-
-    return [
-        layer
-        for layer in structure.layers
-        if modules.count(layer.module) == 1
-        and layer.module not in frozen
-        and not read_by_batch_norm_alone(nodes[layer.node], network)
-    ]
+    return [layer for layer in structure.layers if modules.count(layer.module) == 1 and layer.module not in frozen]
 
 
 def _reset(norm: _BatchNorm, inputs: Sequence[Tensor]) -> None:

@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from raysubset.aggregation.alignment.labels import FIXED, Layer
-from raysubset.aggregation.alignment.operations import refusal
-from raysubset.aggregation.alignment.unit_tracer import UnitTracer
+from raysubset.aggregation.alignment.unit_tracer import FIXED, Layer, UnitTracer, refusal
 from raysubset.errors import first_line
 from raysubset.tasks import Spec
 from raysubset.training import Weights
@@ -30,8 +28,8 @@ class UnitAxis:
 
     names: tuple[str, ...]  # in the state dict; several for a shared tensor
     axis: int
+    rows: tuple[int, int] | None  # (from, to) of axis 0: one group of a grouped convolution
     positions: Tensor  # int64 [n, R]: the indices of each unit; R > 1 if a unit covers several, as after a flatten
-    rows: tuple[int, int] | None = None  # (from, to) of axis 0: one group of a grouped convolution
 
     def view(self, weights: Weights) -> Tensor:
         """Return the unit's part of the tensor, sharing its memory, with the units' axis first: [C, …]."""
@@ -147,60 +145,53 @@ def random_permutations(groups: Sequence[UnitGroup], generator: torch.Generator)
     return tuple(torch.randperm(group.size, generator=generator) for group in groups)
 
 
-class _Tracer(fx.Tracer):
-    """A tracer that knows which module it is in when the user's forward() fails."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.modules: list[str] = []
-
-    def call_module(self, m, forward, args, kwargs):
-        self.modules.append(f"{self.path_of_module(m)} ({type(m).__name__})")
-        output = super().call_module(m, forward, args, kwargs)
-        self.modules.pop()
-        return output
-
-
 def _graph(model: nn.Module) -> fx.Graph:
-    tracer = _Tracer()
+    tracer = fx.Tracer()
     try:
         return tracer.trace(model)
     except Exception as error:  # a forward() that gets stand-ins for tensors may raise anything
-        place = tracer.modules[-1] if tracer.modules else type(model).__name__
+        path, kind = next(reversed(tracer.module_stack.values()), ("", type(model)))
+        place = f"{path} ({kind.__name__})" if path else kind.__name__
         raise refusal(f"torch.fx cannot trace {place}: {first_line(error)}") from error
 
 
 def _structure(tracer: UnitTracer, graph: fx.Graph) -> UnitStructure:
-    unit_class = _classes(tracer)
-    kind, is_held = _kinds(tracer, unit_class)
-    is_fixed = np.zeros_like(is_held)
+    """Sort units into groups. A kind is the sum of a random number for each time that a unit is found in a site."""
+    random, unit_class = np.random.default_rng(0), _classes(tracer)
+    kind = np.zeros(int(unit_class.max()) + 1, dtype=np.uint64)
+    for site in tracer.sites:
+        np.add.at(kind, unit_class[site.units.numpy()], random.integers(2**64, dtype=np.uint64))
+    is_fixed, is_held = np.zeros((2, len(kind)), dtype=bool)
     is_fixed[unit_class[FIXED]] = True
+    for units, _ in tracer.held:
+        is_held[unit_class[units.numpy()]] = True
     is_movable = ~is_fixed & ~is_held
     _, group_of_movable, sizes = np.unique(kind[is_movable], return_inverse=True, return_counts=True)
     group_of = np.full(len(kind), -1)  # of each class; -1: it stays in place, or may change places with no other
     group_of[is_movable] = np.where(sizes[group_of_movable] > 1, group_of_movable, -1)
-    axes: dict[int, list[UnitAxis]] = {}
-    activations: dict[int, list[Activation]] = defaultdict(list)
+    axes, activations = defaultdict[int, list[UnitAxis]](list), defaultdict[int, list[Activation]](list)
+    layers = []
     for site in tracer.sites:
         classes = unit_class[site.units.numpy()]
-        order = np.lexsort((site.roles.numpy(), classes))
+        order = np.argsort(classes, kind="stable")
         for group in dict.fromkeys(group_of[classes].tolist()):
             if group < 0:
                 continue
             places = order[group_of[classes[order]] == group]
             positions = torch.from_numpy(places.reshape(sizes[group], -1))
             for use in site.uses:
-                axes.setdefault(group, []).append(UnitAxis(use.names, use.axis, positions, use.rows))
-            if site.seen_in is not None:
-                activations[group].append(Activation(*site.seen_in, positions))
+                axes[group].append(UnitAxis(*use, positions))
+            if site.layer is not None:
+                activations[group].append(Activation(site.layer.node, site.layer.dim, positions))
+        if site.layer is not None and not is_fixed[classes].all():
+            layers.append(site.layer)
     groups = tuple(
         UnitGroup(_name(group_axes), int(sizes[group]), tuple(group_axes), tuple(activations[group]))
         for group, group_axes in axes.items()
     )
     if not groups:
         raise refusal(f"all are kept in place by {tracer.held[0][1]}" if tracer.held else "none are hidden")
-    layers = tuple(layer for layer, units in tracer.layers if not is_fixed[unit_class[units.numpy()]].all())
-    return UnitStructure(groups, len(np.unique(kind[is_held & ~is_fixed])), layers, graph)
+    return UnitStructure(groups, len(np.unique(kind[is_held & ~is_fixed])), tuple(layers), graph)
 
 
 def _classes(tracer: UnitTracer) -> np.ndarray:
@@ -208,30 +199,9 @@ def _classes(tracer: UnitTracer) -> np.ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    fixed_unit = torch.zeros(1, dtype=torch.int64)
-    first, second = (torch.cat([fixed_unit, *(pair[k] for pair in tracer.pairs)]).numpy() for k in (0, 1))
+    first, second = (torch.cat([pair[k] for pair in tracer.pairs]).numpy() for k in (0, 1))
     joined = coo_array((np.ones(len(first), dtype=bool), (first, second)), shape=(tracer.num_units,) * 2)
     return connected_components(joined, directed=False)[1]
-
-
-def _kinds(tracer: UnitTracer, unit_class: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return uint64 [num_classes], equal for classes in the same sites and roles, and which classes stay in place.
-
-    Each role of a site has a random number, and a class the sum of those of its roles. Held are classes that an unknown
-    operation sees, and those that are found in one role twice, which is a contradiction.
-    """
-    random = np.random.default_rng(0)
-    kind = np.zeros(int(unit_class.max()) + 1, dtype=np.uint64)
-    is_held = np.zeros(len(kind), dtype=bool)
-    for units, _ in tracer.held:
-        is_held[unit_class[units.numpy()]] = True
-    for site in tracer.sites:
-        classes, (distinct, roles) = unit_class[site.units.numpy()], np.unique(site.roles.numpy(), return_inverse=True)
-        np.add.at(kind, classes, random.integers(2**64, size=len(distinct), dtype=np.uint64)[roles])
-        if site.once:
-            found, counts = np.unique(classes * len(distinct) + roles, return_counts=True)
-            is_held[found[counts > 1] // len(distinct)] = True
-    return kind, is_held
 
 
 def _name(axes: Sequence[UnitAxis]) -> str:

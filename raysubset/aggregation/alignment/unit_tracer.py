@@ -1,45 +1,102 @@
-"""UnitTracer follows units through a network: which must be permuted together, and where each is found."""
+"""UnitTracer follows units through a network: which are one and the same, and along which axes each is found."""
 
-import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, fx
-from torch.fx.node import Node, map_arg
+from torch import Tensor, fx, nn
+from torch.fx.node import Node, map_aggregate, map_arg
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from raysubset.aggregation.alignment import operations
-from raysubset.aggregation.alignment.labels import (
-    FIXED,
-    Labels,
-    Layer,
-    Site,
-    Use,
-    find,
-    fixed_labels,
-    joined,
-    labels_along,
-    moved,
-)
+FIXED = 0  # the unit of all that never moves: images, logits, and what is computed from them alone
 
-# The arguments of layers' functions after the input
-_ARGUMENTS = {
-    **dict.fromkeys(operations.CONVOLUTIONS, ("weight", "bias", "stride", "padding", "dilation", "groups")),
+# Operations of known effect by name, so that F.relu, torch.relu, Tensor.relu_ and nn.ReLU are the same
+_POINTWISE = frozenset({
+    "abs", "add", "alphadropout", "celu", "clamp", "clone", "contiguous", "detach", "div", "dropout", "dropout1d",
+    "dropout2d", "dropout3d", "elu", "exp", "featurealphadropout", "float", "gelu", "hardshrink", "hardsigmoid",
+    "hardswish", "hardtanh", "iadd", "identity", "imul", "isub", "itruediv", "leakyrelu", "log", "logsigmoid",
+    "maximum", "minimum", "mish", "mul", "neg", "pow", "relu", "relu6", "selu", "sigmoid", "silu", "softplus",
+    "softshrink", "softsign", "sqrt", "square", "stochasticdepth", "sub", "tanh", "tanhshrink", "threshold", "truediv",
+})  # fmt: skip
+_MOVING = frozenset({
+    "cat", "channelshuffle", "chunk", "concat", "expand", "flatten", "flip", "getitem", "movedim", "narrow", "permute",
+    "pixelshuffle", "pixelunshuffle", "repeat", "reshape", "roll", "select", "split", "squeeze", "stack", "swapaxes",
+    "t", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+})  # fmt: skip
+_POOLING = frozenset(
+    f"{kind}{num}d"
+    for kind in ("maxpool", "avgpool", "lppool", "adaptiveavgpool", "adaptivemaxpool", "zeropad", "reflectionpad",
+                 "replicationpad")
+    for num in (1, 2, 3)
+) | {"interpolate", "upsample"}  # fmt: skip
+_REDUCING = frozenset({"mean", "sum", "amax", "amin"})
+_MIXING = frozenset({"softmax", "logsoftmax", "normalize"})  # these treat all entries of a dimension alike
+_TRANSPOSED = frozenset({"convtranspose1d", "convtranspose2d", "convtranspose3d"})
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"}) | _TRANSPOSED
+_NORMS = frozenset({
+    "batchnorm1d", "batchnorm2d", "batchnorm3d", "groupnorm", "instancenorm1d", "instancenorm2d", "instancenorm3d",
+    "prelu", "syncbatchnorm",
+})  # fmt: skip
+_ARGUMENTS = {  # of layers that are called as functions, after the input
+    **dict.fromkeys(_CONVOLUTIONS - _TRANSPOSED, ("weight", "bias", "stride", "padding", "dilation", "groups")),
     "linear": ("weight", "bias"),
     "layernorm": ("normalized_shape", "weight", "bias"),
     "groupnorm": ("num_groups", "weight", "bias"),
 }
-_DEFAULTS = {"bias": None, "groups": 1}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """Stands for an activation: the unit of each of its entries, int64 of its shape."""
+
+    of: Tensor
+
+    def dims(self) -> list[int]:
+        """Return the dimensions along which units differ."""
+        return [dim for dim in range(self.of.ndim) if not bool((self.of == self.of.narrow(dim, 0, 1)).all())]
+
+    def along(self, dim: int) -> Tensor | None:
+        """Return the units, int64 [shape[dim]], of a dimension's indices; None if others tell units apart too."""
+        rows = self.of.movedim(dim, 0).flatten(1)
+        return rows[:, 0] if bool((rows == rows[:, :1]).all()) else None
+
+
+class Use(NamedTuple):
+    """An axis of a parameter or buffer, or of some of its rows if a grouped convolution's groups differ."""
+
+    names: tuple[str, ...]  # in the state dict; several for a shared tensor
+    axis: int
+    rows: tuple[int, int] | None = None  # (from, to) of axis 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that sets the scale of its output's channels, unless only batch norms read it: they undo any scale."""
+
+    node: str  # of the graph
+    module: str
+    dim: int  # of the channels
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where units meet. Two units may be exchanged only if they are in the same sites, equally often."""
+
+    units: Tensor  # int64 [C]
+    uses: tuple[Use, ...] = ()  # axes of length C
+    layer: Layer | None = None  # whose output has these channels
 
 
 class UnitTracer:
-    """Computes the labels of every tensor of a network beside it.
+    """Computes the units of every activation of a network beside it.
 
     After follow() of all nodes: `sites`; `pairs`, int64 [n] each, of units that are the same; `held`, units that an
-    unknown operation keeps in place, and which; `layers`, convolutions, linear layers and norms, with their output's
-    units.
+    unknown operation keeps in place, and which.
     """
 
     def __init__(self, network: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
@@ -48,263 +105,298 @@ class UnitTracer:
         self.sites: list[Site] = []
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.held: list[tuple[Tensor, str]] = []
-        self.layers: list[tuple[Layer, Tensor]] = []
         self._network = network
         self._names: dict[int, tuple[str, ...]] = {}  # by id of the parameter or buffer
         for name, tensor in tensors.items():
             self._names[id(tensor)] = (*self._names.get(id(tensor), ()), name)
         self._values: dict[Node, Any] = {}
-        self._sites: dict[Use, Site] = {}  # the first of each axis
+        self._units_of: dict[Use, Tensor] = {}  # where an axis was met first
 
     def follow(self, n: Node, result: Any) -> None:
-        """Label the result of the next node."""
+        """Find the units of the result of the next node.
+
+        Raises:
+            ValueError: if the operation is unknown and has parameters, of whose axes nothing is known.
+        """
         args: Any = map_arg(n.args, lambda node: self._values[node])
         kwargs: Any = map_arg(n.kwargs, lambda node: self._values[node])
-        if n.op == "output":
-            for value in find(Labels, args):
-                units = value.units.flatten()
-                self.pairs.append((units, torch.full_like(units, FIXED)))
-        elif (n.op == "get_attr" and id(result) in self._names) or not find(Tensor, result):
-            self._values[n] = result
-        elif n.target is operator.getitem and isinstance(args[0], tuple):
-            self._values[n] = args[0][args[1]]
-        else:
-            labels = None
-            if n.op not in ("placeholder", "get_attr"):
-                labels = self._labels(n, args, kwargs, result)
-                if labels is None:
-                    self._hold(n, args, kwargs)
-            self._values[n] = _fixed_like(result) if labels is None else labels
-
-    def _labels(self, n: Node, args: Any, kwargs: Any, result: Any) -> Labels | tuple[Labels, ...] | None:
-        """Return labels of the tensor or tensors of a node; None if the operation is unknown."""
-        values, parameters = find(Labels, (args, kwargs)), find(Tensor, (args, kwargs))
+        activations, tensors = _find(Units, (args, kwargs)), _find(Tensor, (args, kwargs))
         module = self._network.get_submodule(str(n.target)) if n.op == "call_module" else None
-        kind = operations.kind(n, module)
-        if not values or kind is None:
+        value = result  # of a parameter, a constant, or what is no tensor
+        if n.op == "output":
+            for activation in activations:
+                self._join(activation.of, torch.tensor(FIXED))
+        elif n.op == "placeholder":
+            value = _fixed_like(result)
+        elif n.target is operator.getitem and isinstance(args[0], tuple):
+            value = args[0][args[1]]
+        elif n.op != "get_attr" and _find(Tensor, result):
+            units = self._units(n, module, args, kwargs, result) if activations else None
+            has_parameters = any(id(tensor) in self._names for tensor in tensors)
+            if units is None and (has_parameters or (module is not None and module.state_dict())):
+                raise refusal(f"nothing is known of {_where(n)}")
+            self.held += [(each.of.flatten(), _where(n)) for each in activations if units is None and each.of.any()]
+            value = units or (_fixed_like(result) if activations else result)
+        self._values[n] = value
+
+    def _units(self, n: Node, module: nn.Module | None, args: Any, kwargs: Any, result: Any) -> Any:
+        """Return the Units of a node's result, or a tuple of them; None if the operation is unknown."""
+        activations, tensors = _find(Units, (args, kwargs)), _find(Tensor, (args, kwargs))
+        kind = _kind(n, module)
+        if kind in _POINTWISE:
+            return self._pointwise(activations, tensors, result)
+        if kind is None or not args or (activations[0] is not args[0] and not isinstance(args[0], tuple | list)):
             return None
-        if kind in operations.POINTWISE:
-            return self._pointwise(values, parameters, result)
-        if not args or (values[0] is not args[0] and not isinstance(args[0], tuple | list)):
-            return None
-        if len(values) == 1 and (kind in _ARGUMENTS or module is not None):
+        x = activations[0]
+        if len(activations) == 1 and (module is not None or kind in _ARGUMENTS):
             options = dict(zip(_ARGUMENTS.get(kind, ()), args[1:], strict=False))
-            labels = self._layer(kind, values[0], module or SimpleNamespace(**_DEFAULTS | options | kwargs), result)
-            if module is not None and labels is not None:
-                self._note_layer(n, kind, labels)
-            if labels is not None or module is None:
-                return labels
-        if parameters or (module is not None and len(values) > 1):
+            layer = module or SimpleNamespace(**{"bias": None, "groups": 1} | options | kwargs)
+            units = self._layer(kind, x, layer, result)
+            if module is not None and units is not None:
+                self._note_layer(n, kind, units)
+            if units is not None or module is None:
+                return units
+        if any(id(tensor) in self._names for tensor in tensors) or (module is not None and len(activations) > 1):
             return None
-        if kind in operations.MOVING:
-            return moved(module or operations.operation(n), args, kwargs)
+        if kind in _MOVING:
+            return _moved(module or _operation(n), args, kwargs)
         if kind == "pad":
             return self._pad(result.shape, *args, **kwargs)
-        if kind in operations.POOLING:
-            return _pooled(values[0], kind, result)
-        if kind in operations.REDUCING:
-            return self._reduced(values[0], kwargs.get("dim", args[1] if len(args) > 1 else None), result)
-        return self._mixed(values[0]) if kind in operations.MIXING else None
+        if kind in _POOLING and (channels := x.along(1)) is not None and result.shape[:2] == x.of.shape[:2]:
+            return _spread(channels, 1, result.shape)
+        if kind in _REDUCING:
+            return self._reduced(x, result, *args[1:], **kwargs)
+        return self._mixed(x) if kind in _MIXING else None
 
-    def _layer(self, kind: str, x: Labels, layer: Any, out: Tensor) -> Labels | None:
-        """Label the output of a module, or of a function with a layer's arguments; None if the kind is unknown."""
-        weight: Any = getattr(layer, "weight", None)
-        bias: Any = getattr(layer, "bias", None)
-        if kind == "prelu":
-            return x if weight.numel() == 1 else self._channels(x, (weight,))
-        if kind in operations.TRANSPOSED:
-            if layer.groups > 1 or not self._read(x, 1, Use(self._names[id(weight)], 0)):
-                return None
-            return self._produced(1, out.shape, [(weight, 1), (bias, 0)])
-        if kind in operations.CONVOLUTIONS:
-            return self._convolution(x, weight, bias, layer.groups, out)
+    def _layer(self, kind: str, x: Units, layer: Any, out: Tensor) -> Units | None:
+        """Return the units of the output of a module, or of a function with a layer's arguments; None if unknown."""
+        tensors: Any = [getattr(layer, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
+        weight, bias, mean, variance = tensors
+        dims, last = x.dims(), x.of.ndim - 1
         if kind == "linear":
-            return self._linear(x, weight, bias, out)
-        if kind in operations.NORMS:
-            buffers = (getattr(layer, name, None) for name in ("running_mean", "running_var"))
-            return self._channels(x, (weight, bias, *buffers))
-        if kind == "groupnorm":
-            return self._group_norm(x, weight, bias, layer.num_groups)
-        return self._layer_norm(x, weight, bias, layer.normalized_shape) if kind == "layernorm" else None
-
-    def _note_layer(self, n: Node, kind: str, labels: Labels) -> None:
-        """Note a module that sets the scale of its output's channels."""
-        dim = len(labels.shape) - 1 if kind in ("linear", "layernorm") else 1
-        if labels.dims() == [dim] and kind != "prelu" and kind not in operations.TRANSPOSED:
-            units, roles = _along(labels, dim)
-            self.layers.append((Layer(n.name, str(n.target), dim), units))
-            if not operations.read_by_batch_norm_alone(n, self._network):
-                self.sites.append(Site(units, roles, seen_in=(n.name, dim), once=False))
-
-    def _convolution(self, x: Labels, weight: Tensor, bias: Tensor | None, groups: int, out: Tensor) -> Labels | None:
-        """Depthwise outputs belong to their inputs' units. A grouped convolution's units stay within their group."""
-        num_out, channels = len(weight) // groups, x.along(1)
+            if len(dims) == 1 and dims != [last]:  # its units lie along another dimension than the mixed one
+                return _spread(_along(x, dims[0]), dims[0], out.shape)
+            return self._produced(x.along(last), last, weight, bias, out)
+        if kind == "layernorm":
+            first = x.of.ndim - len(layer.normalized_shape)
+            if len(dims) == 1 and dims[0] >= first:
+                self._meet(_along(x, dims[0]), (weight, dims[0] - first), (bias, dims[0] - first))
+            return x if len(dims) <= 1 else None
+        channels = x.along(1)
         if channels is None:
             return None
-        if groups > 1 and weight.shape[1] == 1:
-            units, roles = (part.repeat_interleave(num_out) for part in channels)
-            roles = roles * num_out + torch.arange(num_out).repeat(groups)
-            self._site(units, roles, [(weight, 0), (bias, 0)])
-            return labels_along(1, out.shape, units, roles) if units.any() else fixed_labels(out.shape)
-        for k in range(groups):
-            rows = (k * num_out, (k + 1) * num_out) if groups > 1 else None
-            part = slice(k * weight.shape[1], (k + 1) * weight.shape[1])
-            self._read(x, 1, Use(self._names[id(weight)], 1, rows), part)
-        return self._produced(1, out.shape, [(weight, 0), (bias, 0)], groups)
-
-    def _linear(self, x: Labels, weight: Tensor, bias: Tensor | None, out: Tensor) -> Labels | None:
-        last, dims = len(x.shape) - 1, x.dims()
-        if len(dims) == 1 and dims != [last]:  # its units lie along another dimension than the mixed one
-            return labels_along(dims[0], out.shape, *_along(x, dims[0]))
-        if not self._read(x, last, Use(self._names[id(weight)], 1)):
-            return None
-        return self._produced(last, out.shape, [(weight, 0), (bias, 0)])
-
-    def _group_norm(self, x: Labels, weight: Any, bias: Any, num_groups: int) -> Labels | None:
-        """Units stay within their group. That whole groups could change places is not used."""
-        if (channels := x.along(1)) is not None:
-            units = channels[0]
-            self.sites.append(Site(units, torch.arange(len(units)) * num_groups // len(units), once=False))
-        return self._channels(x, (weight, bias))
-
-    def _layer_norm(self, x: Labels, weight: Any, bias: Any, normalized_shape: Sequence[int]) -> Labels | None:
-        dims, first = x.dims(), len(x.shape) - len(normalized_shape)
-        if all(dim < first for dim in dims):
+        if kind in _NORMS:
+            if kind == "groupnorm":  # units stay within their group. That whole groups could change places is not used
+                self.sites += [Site(part) for part in channels.chunk(layer.num_groups)]
+            if kind != "prelu" or weight.numel() > 1:
+                self._meet(channels, (weight, 0), (bias, 0), (mean, 0), (variance, 0))
             return x
-        if len(dims) > 1:
+        if kind in _TRANSPOSED:
+            return self._produced(channels, 1, weight, bias, out, axes=(1, 0)) if layer.groups == 1 else None
+        if kind not in _CONVOLUTIONS:
             return None
-        self._site(*_along(x, dims[0]), [(weight, dims[0] - first), (bias, dims[0] - first)])
-        return x
-
-    def _channels(self, x: Labels, tensors: Sequence[Tensor | None]) -> Labels | None:
-        """Label an operation on each channel of [N, C, …] by itself, with tensors [C]."""
-        if (channels := x.along(1)) is None:
-            return None
-        self._site(*channels, [(tensor, 0) for tensor in tensors])
-        return x
+        if layer.groups > 1 and weight.shape[1] == 1:  # depthwise outputs belong to their inputs' units
+            units = channels.repeat_interleave(len(weight) // layer.groups)
+            self._meet(units, (weight, 0), (bias, 0))
+            return _spread(units, 1, out.shape)
+        return self._produced(channels, 1, weight, bias, out, groups=layer.groups)
 
     def _produced(
-        self, dim: int, shape: torch.Size, tensors: Sequence[tuple[Tensor | None, int]], groups: int = 1
-    ) -> Labels:
-        """Return labels of new units along a dimension. Units of one of the equal groups may change places."""
-        if (num := shape[dim]) == 1:
-            return fixed_labels(shape)
-        units = self._new_units(num)
-        self._site(units, torch.arange(num) * groups // num, tensors)
-        return labels_along(dim, shape, units, torch.zeros_like(units))
+        self,
+        read: Tensor | None,
+        dim: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        *,
+        axes: tuple[int, int] = (0, 1),
+        groups: int = 1,
+    ) -> Units | None:
+        """Return new units along a dimension, which a layer computes from those that it reads along it.
 
-    def _pointwise(self, values: Sequence[Labels], parameters: Sequence[Tensor], out: Tensor) -> Labels | None:
-        labels, pairs = joined(values, out.shape)
-        dims = labels.dims()
-        for parameter in parameters:
-            axes_of_units = [dim - (out.ndim - parameter.ndim) for dim in dims]
-            axes = [axis for axis in axes_of_units if axis >= 0 and parameter.shape[axis] > 1]
-            if axes and len(dims) > 1:
+        The weight's `axes` are those of the new units and of the ones read. New units stay within their group.
+        """
+        if read is None:
+            return None
+        num_rows = len(weight) // groups
+        for number, part in enumerate(read.chunk(groups)):
+            rows = (number * num_rows, (number + 1) * num_rows) if groups > 1 else None
+            self._meet(part, (weight, axes[1]), rows=rows)
+        if out.shape[dim] == 1:
+            return _fixed_like(out)
+        units = self._new_units(out.shape[dim])
+        self._meet(units, (weight, axes[0]), (bias, 0))
+        self.sites += [Site(part) for part in units.chunk(groups)]
+        return _spread(units, dim, out.shape)
+
+    def _note_layer(self, n: Node, kind: str, out: Units) -> None:
+        """Note a module that sets the scale of its output's channels."""
+        dim = out.of.ndim - 1 if kind in ("linear", "layernorm") else 1
+        is_normalised = all(
+            user.op == "call_module" and isinstance(self._network.get_submodule(str(user.target)), _BatchNorm)
+            for user in n.users
+        )
+        if out.dims() == [dim] and kind not in {"prelu", *_TRANSPOSED} and not is_normalised:
+            self.sites.append(Site(_along(out, dim), layer=Layer(n.name, str(n.target), dim)))
+
+    def _pointwise(self, activations: Sequence[Units], tensors: Sequence[Tensor], out: Tensor) -> Units | None:
+        """Return the units of an elementwise operation's result. Units that meet become the same."""
+        x, *others = activations
+        for other in others:
+            x = self._added(x, other, out.shape)
+        dims = x.dims()
+        for tensor in tensors:
+            axes = [axis for dim in dims if (axis := dim - x.of.ndim + tensor.ndim) >= 0 and tensor.shape[axis] > 1]
+            if axes and (len(dims) > 1 or id(tensor) not in self._names):
                 return None
             if axes:
-                self._site(*_along(labels, dims[0]), [(parameter, axes[0])])
-        self.pairs += pairs
-        return self._mixed(labels) if pairs else labels
+                self._meet(_along(x, dims[0]), (tensor, axes[0]))
+        return x
 
-    def _reduced(self, x: Labels, dims: Any, out: Tensor) -> Labels | None:
-        """Label a mean or the like, over all units, which leaves nothing to permute, or along other dimensions."""
-        if isinstance(dims, bool):
-            return None  # std(unbiased)
-        listed = range(len(x.shape)) if dims is None else dims if isinstance(dims, tuple | list) else [dims]
-        reduced, unit_dims = {dim % len(x.shape) for dim in listed}, x.dims()
-        if reduced.issuperset(unit_dims):
+    def _added(self, x: Units, other: Units, shape: torch.Size) -> Units:
+        """Return x with another operand, both broadcast. Fixed values stop units unless all have the same ones."""
+        first, second = Units(x.of.expand(shape)), Units(other.of.expand(shape))
+        for units, fixed in ((first, other.of), (second, x.of)):
+            sizes = [1] * (len(shape) - fixed.ndim) + list(fixed.shape)
+            if not fixed.any() and all(sizes[dim] == 1 for dim in units.dims()):
+                return units
+        differing = {*first.dims(), *second.dims()}
+        index = tuple(slice(None) if dim in differing else 0 for dim in range(len(shape)))
+        self._join(first.of[index], second.of[index])
+        return first if first.of.any() else second
+
+    def _reduced(self, x: Units, out: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Units | None:
+        """Return the units of a mean or the like, over all units, which leaves none, or along other dimensions."""
+        dims = range(x.of.ndim) if dim is None else dim if isinstance(dim, tuple | list) else [dim]
+        reduced = {d % x.of.ndim for d in dims}
+        if reduced.issuperset(x.dims()):
             self._mixed(x)
-            return fixed_labels(out.shape)
-        if len(unit_dims) > 1 or reduced.intersection(unit_dims):
-            return None
-        (dim,) = unit_dims
-        num_before = sum(other < dim for other in reduced) if out.ndim < len(x.shape) else 0
-        return labels_along(dim - num_before, out.shape, *_along(x, dim))
+            return _fixed_like(out)
+        return None if reduced.intersection(x.dims()) else Units(x.of.amax(tuple(reduced), keepdim))
 
-    def _mixed(self, x: Labels) -> Labels:
-        """Label an operation that treats all units of a tensor alike, but only as a whole."""
+    def _mixed(self, x: Units) -> Units:
+        """Return x, after an operation that treats all units alike, but only as a whole."""
         dims = x.dims()
-        units, roles = _along(x, dims[0]) if len(dims) == 1 else (x.units.flatten(), x.roles.flatten())
-        self.sites.append(Site(units, roles, once=False))
+        self.sites.append(Site(_along(x, dims[0]) if len(dims) == 1 else x.of.flatten()))
         return x
 
     def _pad(
-        self, shape: torch.Size, x: Labels, pad: Sequence[int], mode: str = "constant", value: float | None = None
-    ) -> Labels | None:
+        self, shape: torch.Size, x: Units, pad: Sequence[int], mode: str = "constant", value: float | None = None
+    ) -> Units | None:
         """Constant new channels are units that may change places with one another, such as a shortcut's zeros."""
         dims = x.dims()
         if len(dims) != 1:
-            return None if dims else fixed_labels(shape)
+            return None if dims else Units(torch.full(shape, FIXED))
         (dim,) = dims
-        units, roles = _along(x, dim)
-        place = 2 * (len(shape) - 1 - dim)
+        units, place = _along(x, dim), 2 * (len(shape) - 1 - dim)
         num_before, num_after = pad[place : place + 2] or (0, 0)
         if num_before or num_after:
             if mode != "constant" or min(num_before, num_after) < 0:
                 return None
             new_units = self._new_units(num_before + num_after)
-            self._site(new_units, torch.zeros_like(new_units), [])
+            self.sites.append(Site(new_units))
             units = torch.cat([new_units[:num_before], units, new_units[num_before:]])
-            roles = torch.cat([roles.new_zeros(num_before), roles, roles.new_zeros(num_after)])
-        return labels_along(dim, shape, units, roles)
+        return _spread(units, dim, shape)
 
     def _new_units(self, num: int) -> Tensor:
         self.num_units += num
         return torch.arange(self.num_units - num, self.num_units)
 
-    def _site(self, units: Tensor, roles: Tensor, tensors: Sequence[tuple[Tensor | None, int]]) -> None:
-        uses = tuple(Use(self._names[id(tensor)], axis) for tensor, axis in tensors if tensor is not None)
-        self._add(Site(units, roles, uses))
+    def _join(self, first: Tensor, second: Tensor) -> None:
+        """Note that units are the same."""
+        first, second = torch.broadcast_tensors(first, second)
+        self.pairs.append((first.flatten(), second.flatten()))
 
-    def _read(self, x: Labels, dim: int, use: Use, part: slice = slice(None)) -> bool:
-        """Note that a layer mixes entries of a tensor with an axis of its weights. Return False if they are unknown."""
-        if (channels := x.along(dim)) is not None:
-            self._add(Site(channels[0][part], channels[1][part], (use,)))
-        return channels is not None
-
-    def _add(self, site: Site) -> None:
-        """Add a site with parameters. Units on an axis that was met before are the same as the units met then."""
+    def _meet(self, units: Tensor, *axes: tuple[Tensor | None, int], rows: tuple[int, int] | None = None) -> None:
+        """Note units along axes of tensors. Units on an axis that was met before are the same as the units met then."""
         new_uses = []
-        for use in site.uses:
-            first = self._sites.setdefault(use, site)
-            if first is site:
+        for use in (Use(self._names[id(tensor)], axis, rows) for tensor, axis in axes if tensor is not None):
+            if use in self._units_of:
+                self._join(self._units_of[use], units)
+            else:
+                self._units_of[use] = units
                 new_uses.append(use)
-                continue
-            self.pairs.append((first.units, site.units))
-            if not torch.equal(first.roles, site.roles):
-                self.held.append((site.units, f"{use.names[0]}, which is used in two ways"))
-        self.sites.append(dataclasses.replace(site, uses=tuple(new_uses)))
-
-    def _hold(self, n: Node, args: Any, kwargs: Any) -> None:
-        """Keep the units of an unknown operation in place.
-
-        Raises:
-            ValueError: if the operation has parameters, of whose axes nothing is known.
-        """
-        module = self._network.get_submodule(str(n.target)) if n.op == "call_module" else None
-        if (module is not None and module.state_dict()) or find(Tensor, (args, kwargs)):
-            raise operations.refusal(f"nothing is known of {operations.where(n)}")
-        for value in find(Labels, (args, kwargs)):
-            if not value.fixed:
-                self.held.append((value.units.flatten(), operations.where(n)))
+        self.sites.append(Site(units, tuple(new_uses)))
 
 
-def _along(labels: Labels, dim: int) -> tuple[Tensor, Tensor]:
-    """Return labels.along(dim), where no other dimension tells units apart."""
-    found = labels.along(dim)
-    assert found is not None
+def refusal(reason: str) -> ValueError:
+    """Return the error for a network whose units cannot be aligned."""
+    return ValueError(
+        f"this network's units cannot be aligned: {reason}; use subsets.start=shared with another aggregation.method, "
+        "or aggregation.method=select_best"
+    )
+
+
+def _find(kind: type[T], arguments: Any) -> list[T]:
+    """Return all objects of a class in nested arguments, in order."""
+    found: list[T] = []
+    map_aggregate(arguments, lambda argument: found.append(argument) if isinstance(argument, kind) else None)
     return found
 
 
+def _along(units: Units, dim: int) -> Tensor:
+    """Return units.along(dim), where no other dimension tells units apart."""
+    channels = units.along(dim)
+    assert channels is not None
+    return channels
+
+
+def _spread(units: Tensor, dim: int, shape: torch.Size) -> Units:
+    """Return units along one dimension of an activation of this shape."""
+    return Units(units.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape))
+
+
 def _fixed_like(result: Any) -> Any:
-    """Return fixed labels in the place of each tensor."""
+    """Return fixed units in the place of each tensor."""
     if isinstance(result, tuple | list):
         return tuple(map(_fixed_like, result))
-    return fixed_labels(result.shape) if isinstance(result, Tensor) else result
+    return Units(torch.full(result.shape, FIXED)) if isinstance(result, Tensor) else result
 
 
-def _pooled(x: Labels, name: str, out: Tensor) -> Labels | None:
-    """Label an operation along the dimensions after [N, C]. A name like max_pool2d tells their number."""
-    num = next((int(letter) for letter in name if letter.isdigit()), len(x.shape) - 2)
-    channels = x.along(1) if len(x.shape) == out.ndim == num + 2 else None
-    return None if channels is None else labels_along(1, out.shape, *channels)
+def _moved(operation: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Return units after an operation that only moves entries (reshape, cat, …). It is applied to the units."""
+
+    def entries(argument: Any) -> Any:
+        if isinstance(argument, Units):
+            return argument.of.contiguous()
+        is_constant = isinstance(argument, Tensor) and argument.is_floating_point()  # integers are indices
+        return torch.full(argument.shape, FIXED) if is_constant else argument
+
+    units = operation(*map_aggregate(args, entries), **map_aggregate(kwargs, entries))
+    return Units(units) if isinstance(units, Tensor) else tuple(map(Units, units))
+
+
+def _operation(node: Node) -> Callable[..., Any]:
+    """Return what a node calls, as a function of all its arguments."""
+    if node.op == "call_function":
+        assert callable(node.target)
+        return node.target
+    return lambda self, *args, **kwargs: getattr(self, str(node.target))(*args, **kwargs)
+
+
+def _kind(node: Node, module: nn.Module | None) -> str | None:
+    """Return a node's operation by a name as above; None unless it is torch's, Python's or torchvision's own.
+
+    A subclass of a module of torch's has no name, as it may compute anything.
+    """
+    if module is not None:
+        return type(module).__name__.lower() if type(module).__module__.startswith("torch.nn.modules.") else None
+    root = (getattr(node.target, "__module__", None) or "builtins").split(".")[0]
+    if node.op == "call_function" and root not in ("builtins", "_operator", "torch", "torchvision"):
+        return None
+    return _operation_name(node).lower().replace("_", "")
+
+
+def _operation_name(node: Node) -> str:
+    """Return the name of the function or method that a node calls, without the underscore of in-place methods."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name.rstrip("_")
+
+
+def _where(node: Node) -> str:
+    """Return a node in words: its operation, and the module that it is in."""
+    modules = list(node.meta.get("nn_module_stack", {}).values())
+    path, kind = modules[-1] if modules else ("", "")
+    kind = getattr(kind, "__name__", kind)
+    place = f"{path} ({kind})" if path else "the network"
+    return place if node.op == "call_module" else f"{_operation_name(node)} in {place}"
