@@ -5,35 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from raysubset.aggregation.records import Aggregate, Method, Minimum, Needs
-from raysubset.aggregation.streaming import (
-    aggregate_of,
-    load_members,
-    load_statistics,
-    mean_of,
-    wide,
-)
-from raysubset.config import AggregationConfig
+from raysubset.aggregation.records import Aggregate, Minimum
+from raysubset.aggregation.streaming import aggregate_of, load_members, load_statistics, mean_of, wide
 from raysubset.training import Weights
 
 FISHER_FLOOR = 1e-6  # Matena and Raffel's number; relative to a member's mean Fisher, which is our choice
 RIDGE = 1e-6  # times a Gram matrix's trace, added if it is singular: above float32's rounding; our choice
-
-
-def curvature_methods(config: AggregationConfig) -> dict[str, Method]:
-    """Return the means that are weighted by curvature, with the config's settings."""
-    return {
-        "fisher": Method(
-            lambda minima, _: fisher_merge(minima),
-            Needs(statistics=("fisher",)),
-            ("statistics_examples", "fisher_labels"),
-        ),
-        "regmean": Method(
-            lambda minima, _: regmean(minima, factor=config.regmean_factor),
-            Needs(statistics=("gram",)),
-            ("statistics_examples", "regmean_factor"),
-        ),
-    }
 
 
 def fisher_merge(minima: Sequence[Minimum], *, floor: float = FISHER_FLOOR, normalised: bool = True) -> Aggregate:

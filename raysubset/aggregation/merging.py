@@ -4,7 +4,6 @@ soup = merge([model.state_dict() for model in models])
 best = merge(members, "greedy_soup", score=lambda weights: loss_of(weights))
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import NoReturn
@@ -73,7 +72,7 @@ def merge(
         losses = [score(member) for member in weights]
     if losses is None and needs.validation:
         raise ValueError(f"{config.method} needs held-out losses: give losses, or a score of any weights")
-    averaged = averaged_names(network) if network is not None else _all_but_masks(weights)
+    averaged = averaged_names(network) if network is not None else _differing(weights)
     minima = [
         Minimum(
             subset_id=number,
@@ -125,18 +124,11 @@ def _parameters(weights: Weights) -> Collection[str]:
     return [key for key, value in weights.items() if value.is_floating_point() and not key.endswith(_STATISTICS)]
 
 
-def _all_but_masks(members: Sequence[Weights]) -> frozenset[str]:
-    """Return all keys except those of masks: the same entries are -inf in every member, and others are finite."""
+def _differing(members: Sequence[Weights]) -> frozenset[str]:
+    """Return the keys in which members differ. Others stay as they are, such as masks of -inf."""
     first, *others = members
-    masks = {
-        key
-        for key, value in first.items()
-        if value.is_floating_point()
-        and bool((value == -math.inf).any())
-        and bool(value.isfinite().any())
-        and all(key in other and torch.equal(value == -math.inf, other[key] == -math.inf) for other in others)
-    }
-    return frozenset(first.keys() - masks)
+    alike = {k for k in first if others and all(k in other and torch.equal(first[k], other[k]) for other in others)}
+    return frozenset(first.keys() - alike)
 
 
 def _statistics(by_kind: Mapping[str, Weights], kind: str) -> Weights:

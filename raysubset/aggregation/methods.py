@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from raysubset.aggregation.curvature import curvature_methods
+from raysubset.aggregation.curvature import fisher_merge, regmean
 from raysubset.aggregation.records import Aggregate, Context, Method, Minimum, Needs
 from raysubset.aggregation.scorer import Scorer
-from raysubset.aggregation.soups import soup_methods, uniform_soup
+from raysubset.aggregation.soups import greedy_soup, select_best, uniform_soup, weighted_soup
 from raysubset.aggregation.streaming import load_member, refuse_not_finite, refuse_other_architecture, shares_start
-from raysubset.aggregation.task_vectors import task_vector_methods
+from raysubset.aggregation.task_vectors import dare, savgm, ties
 from raysubset.config import AggregationConfig, Config
 from raysubset.training import Metrics, Weights
 from raysubset.user_code.functions import call_function, load_function
@@ -20,16 +21,51 @@ _FIELD = "aggregation.method"
 
 def methods(config: AggregationConfig) -> dict[str, Method]:
     """Return all built-in methods, with the config's settings."""
-    chooses = Needs(shared_start=False, validation=True)
+
+    def differences(context: Context) -> dict[str, Any]:
+        if context.start is None:
+            raise ValueError(f"{config.method} needs the weights that the minima started from")
+        return {"start": context.start, "scale": config.task_scale, "parameter_names": context.parameter_names}
+
+    by_loss = Needs(validation=config.weight_by == "validation_loss")
+    greedy = Needs(validation=True, forward=lambda num, sizes: num * (sizes.refreshing + sizes.validation))
+    best = Needs(shared_start=False, validation=True, forward=lambda num, sizes: sizes.validation)
     aligned = Needs(
         shared_start=False, forward=lambda num, sizes: 2 * num * sizes.calibration + sizes.refreshing + sizes.validation
     )
+    statistics = "statistics_examples"
     return {
-        **soup_methods(config),
-        **curvature_methods(config),
-        **task_vector_methods(config),
+        "uniform_soup": Method(lambda minima, _: uniform_soup(minima)),
+        "weighted_soup": Method(
+            lambda minima, _: weighted_soup(minima, weight_by=config.weight_by), by_loss, ("weight_by",)
+        ),
+        "greedy_soup": Method(lambda minima, context: greedy_soup(minima, context.score), greedy),
+        "select_best": Method(lambda minima, _: select_best(minima), best),
+        "fisher": Method(
+            lambda minima, _: fisher_merge(minima), Needs(statistics=("fisher",)), (statistics, "fisher_labels")
+        ),
+        "regmean": Method(
+            lambda minima, _: regmean(minima, factor=config.regmean_factor),
+            Needs(statistics=("gram",)),
+            (statistics, "regmean_factor"),
+        ),
+        "ties": Method(
+            lambda minima, context: ties(minima, density=config.ties_density, **differences(context)),
+            settings=("ties_density", "task_scale"),
+        ),
+        "dare": Method(
+            lambda minima, context: dare(minima, drop=config.dare_drop, seed=context.seed, **differences(context)),
+            settings=("dare_drop", "task_scale"),
+        ),
+        "savgm": Method(
+            lambda minima, context: savgm(
+                minima, fraction=config.savgm_fraction, parameter_names=context.parameter_names
+            ),
+            Needs(parts=True),
+            ("savgm_fraction",),
+        ),
         "aligned_soup": Method(lambda minima, context: context.align(minima), aligned, ("matching", "repair")),
-        "auto": Method(_refuse_unmeasured, chooses),
+        "auto": Method(_refuse_unmeasured, Needs(shared_start=False, validation=True)),
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from raysubset.aggregation.records import Aggregate, Method, Minimum, Needs, Score
+from raysubset.aggregation.records import Aggregate, Minimum, Score
 from raysubset.aggregation.streaming import (
     RunningMean,
     aggregate_of,
@@ -15,24 +15,8 @@ from raysubset.aggregation.streaming import (
     refuse_not_finite,
     shares_start,
 )
-from raysubset.config import AggregationConfig
 from raysubset.tasks import Task
 from raysubset.training import Metrics
-
-
-def soup_methods(config: AggregationConfig) -> dict[str, Method]:
-    """Return the plain means and choices, with the config's settings."""
-    by_loss = Needs(validation=config.weight_by == "validation_loss")
-    greedy = Needs(validation=True, forward=lambda num, sizes: num * (sizes.refreshing + sizes.validation))
-    best = Needs(shared_start=False, validation=True, forward=lambda num, sizes: sizes.validation)
-    return {
-        "uniform_soup": Method(lambda minima, _: uniform_soup(minima)),
-        "weighted_soup": Method(
-            lambda minima, _: weighted_soup(minima, weight_by=config.weight_by), by_loss, ("weight_by",)
-        ),
-        "greedy_soup": Method(lambda minima, context: greedy_soup(minima, context.score), greedy),
-        "select_best": Method(lambda minima, _: select_best(minima), best),
-    }
 
 
 def select_best(minima: Sequence[Minimum]) -> Aggregate:
