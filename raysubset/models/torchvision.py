@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raysubset.config import nearest
 from raysubset.tasks import Spec
 
-_NUM_SIDES_TRIED = 512
+_SIDE = 224  # of images of ImageNet
 
 
 class _GreyToRGB(nn.Module):
@@ -41,7 +41,7 @@ def network(name: str, spec: Spec) -> nn.Module:
     """Build a torchvision classification network without pretrained weights or auxiliary heads; grey becomes RGB.
 
     Raises:
-        ValueError: for images that it cannot take, with the smallest larger size that it can.
+        ValueError: for images that it cannot take, with a size that it can.
     """
     from torchvision import models
 
@@ -49,35 +49,22 @@ def network(name: str, spec: Spec) -> nn.Module:
     if channels not in (1, 3):
         raise ValueError(f"{name} takes images of 1 or 3 channels, not {channels}")
 
-    def build(height: int, width: int) -> nn.Module:
-        options: dict[str, Any] = {}
-        if name in ("googlenet", "inception_v3"):
-            options = {"aux_logits": False, "init_weights": True}
-        elif name.startswith("vit_"):
-            options = {"image_size": height}
-        elif name == "maxvit_t":
-            options = {"input_size": (height, width)}
-        return models.get_model(name, weights=None, num_classes=spec.num_outputs, **options)
-
-    any_size = None if name.startswith("vit_") or name == "maxvit_t" else build(height, width)
-
-    def fits(height: int, width: int) -> bool:
-        try:
-            with torch.device("meta"):
-                candidate = any_size or build(height, width)
-            return _meta_output_shape(candidate, (2, 3, height, width)) == (2, *spec.outputs)
-        except (RuntimeError, ValueError, AssertionError):  # what torch and torchvision raise for a size
-            return False
-
-    if not fits(height, width):
-        largest = max(height, width)
-        side = next((side for side in range(largest, largest + _NUM_SIDES_TRIED) if fits(side, side)), None)
-        assert side is not None, f"{name} does not run on the meta device"
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        options = {"image_size": height}
+    elif name == "maxvit_t":
+        options = {"input_size": (height, width)}
+    try:
+        model = models.get_model(name, weights=None, num_classes=spec.num_outputs, **options)
+        fits = _meta_output_shape(model, (2, 3, height, width)) == (2, *spec.outputs)
+    except (RuntimeError, ValueError, AssertionError):  # what torch and torchvision raise for a size
+        fits = False
+    if not fits:
         raise ValueError(
-            f"{name} cannot take images of {height}×{width}; the smallest it takes from there up are {side}×{side}: "
-            f"set data.image_size={side}"
+            f"{name} cannot take images of {height}×{width}: set data.image_size={_SIDE}, which all networks take"
         )
-    model = any_size or build(height, width)
     return nn.Sequential(OrderedDict(grey_to_rgb=_GreyToRGB(), network=model)) if channels == 1 else model
 
 
