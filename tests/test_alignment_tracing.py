@@ -149,12 +149,6 @@ def sizes(structure: UnitStructure) -> list[int]:
         (lambda net, x: net.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 6, {"a": nn.LayerNorm(6)}, [6]),
         (lambda net, x: net.a(x[:, ::2]), 4, {"a": nn.Conv2d(3, 4, 1)}, [3, 3, 4]),  # three reach nothing
         (lambda net, x: net.a(net.a(x)), 6, {"a": nn.Conv2d(6, 6, 1)}, [6]),  # one module twice
-        (
-            lambda net, x: net.a(torch.cat([x, RAMP.expand(x.shape[0], 1, 6, 6)], 1)),
-            4,
-            {"a": nn.Conv2d(7, 4, 1)},
-            [6, 4],
-        ),
         (lambda net, x: net.a(x) - x.softmax(1), 6, {"a": nn.BatchNorm2d(6, affine=False)}, [6]),
     ],
 )
