@@ -58,10 +58,10 @@ def network(name: str, spec: Spec) -> nn.Module:
         options = {"input_size": (height, width)}
     try:
         model = models.get_model(name, weights=None, num_classes=spec.num_outputs, **options)
-        fits = _meta_output_shape(model, (2, 3, height, width)) == (2, *spec.outputs)
+        shape = _meta_output_shape(model, (2, 3, height, width))
     except (RuntimeError, ValueError, AssertionError):  # what torch and torchvision raise for a size
-        fits = False
-    if not fits:
+        model, shape = nn.Identity(), ()
+    if shape != (2, *spec.outputs):
         raise ValueError(
             f"{name} cannot take images of {height}×{width}: set data.image_size={_SIDE}, which all networks take"
         )
