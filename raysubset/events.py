@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, dataclass_transform
 
 
+@dataclass_transform(frozen_default=True)
 @dataclass(frozen=True)
 class Event:
-    """Something that a person watching wants to know; the fields of each kind are for programs."""
+    """Something that a person watching wants to know; the fields of each kind, a frozen dataclass, are for programs."""
 
     text: str  # one line
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
 
     def __str__(self) -> str:
         return self.text
@@ -18,7 +22,6 @@ class Event:
 OnEvent = Callable[[Event], None]
 
 
-@dataclass(frozen=True)
 class Note(Event):
     """A decision made for the user, or a warning; reports hold the notes of the plan."""
 
@@ -32,7 +35,6 @@ class Note(Event):
         return {"text": self.text, "is_warning": self.is_warning}
 
 
-@dataclass(frozen=True)
 class Stage(Event):
     """A stage begins, or the run, sweep or comparison itself."""
 
@@ -51,7 +53,6 @@ class Step:
     num_at_once: int  # processes at a time, if the cluster has all the room that it can have
 
 
-@dataclass(frozen=True)
 class Planned(Event):
     """The plan of a run, once the cluster is known."""
 
@@ -74,14 +75,12 @@ class Attempt:
     label: str = ""  # what the work is called in messages
 
 
-@dataclass(frozen=True)
 class Start(Event):
     """An actor begins an attempt."""
 
     attempt: Attempt
 
 
-@dataclass(frozen=True)
 class Progress(Event):
     """How far an attempt is, about every second."""
 
@@ -94,19 +93,16 @@ class Progress(Event):
     worker: int | None = None  # rank of a Ray Train worker: all workers share the attempt
 
 
-@dataclass(frozen=True)
 class Waiting(Event):
     """What the run waits for until the next event: data, the start of Ray and of processes, a place for work."""
 
 
-@dataclass(frozen=True)
 class Retry(Event):
     """Work was lost, or leaves its node, and is done again."""
 
     attempt: Attempt | None = None  # if an actor did it
 
 
-@dataclass(frozen=True)
 class MinimumDone(Event):
     """An actor has written a minimum."""
 
@@ -114,7 +110,6 @@ class MinimumDone(Event):
     record: Mapping[str, Any]  # minimum.json
 
 
-@dataclass(frozen=True)
 class MinimaFound(Event):
     """Some minima of a round are already there when the run is resumed."""
 
@@ -123,7 +118,6 @@ class MinimaFound(Event):
     subsets: tuple[int, ...]
 
 
-@dataclass(frozen=True)
 class EpochDone(Event):
     """Ray Train workers have finished an epoch."""
 
@@ -131,7 +125,6 @@ class EpochDone(Event):
     record: Mapping[str, Any]  # its entry in history.json
 
 
-@dataclass(frozen=True)
 class AggregateDone(Event):
     """A round has its aggregate."""
 
@@ -139,7 +132,6 @@ class AggregateDone(Event):
     record: Mapping[str, Any]  # the aggregation's, in aggregate.json
 
 
-@dataclass(frozen=True)
 class LegDone(Event):
     """A leg of a comparison is done."""
 
@@ -160,7 +152,6 @@ class Row:
     is_best: bool = False
 
 
-@dataclass(frozen=True)
 class Standing(Event):
     """The state of all arms of a comparison, or of all trials of a sweep, whenever it has changed."""
 
@@ -169,7 +160,6 @@ class Standing(Event):
     found: float = 0.0  # of all passes done, those that were already done when this command began
 
 
-@dataclass(frozen=True)
 class TrialReport(Event):
     """A trial of a sweep has reported to Ray Tune."""
 

@@ -186,6 +186,7 @@ def test_a_log_counts_no_work_that_has_ended_since_its_last_line(capsys: pytest.
         plain(Retry("", legs[1]))
         plain(Start("", replace(legs[3], pid=2)))  # the process of the third begins another
         plain(Progress("", legs[4], 1.0, 8.0, None, 100.0, 0.25))
+        plain(Retry("", replace(legs[4], node="another")))  # where a process has the same id
         clock.now += 60
         plain(Progress("", legs[5], 1.0, 8.0, None, 100.0, 0.25))
 

@@ -10,8 +10,15 @@ from typing import Any, Literal
 from raysubset.config import Config, field_docs
 
 
-@dataclass(frozen=True)
-class OfConfig:
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(field,))
+class Command:
+    """A command: each subclass is a frozen dataclass, whose fields are the command's flags."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
+
+
+class OfConfig(Command):
     config: Config
     config_file: str | None = field(default=None, metadata={"flag": "config", "value_name": "FILE"})
     """YAML or JSON file of settings, as `raysubset config` writes it, or a run's config.json; flags override it. A
@@ -20,7 +27,6 @@ class OfConfig:
     """Import and call the functions that the file of --config names. Only for files of people you trust."""
 
 
-@dataclass(frozen=True)
 class _Resumed(OfConfig):
     fresh: bool = False
     """Delete what exists under this name, and start over."""
@@ -28,7 +34,6 @@ class _Resumed(OfConfig):
     """Resume although the code of a function that the config names has changed; finished work is kept."""
 
 
-@dataclass(frozen=True)
 class Run(_Resumed):
     """Run subset pretraining, or a conventional run, and print its report; resume an unfinished run of that name.
 
@@ -37,8 +42,7 @@ class Run(_Resumed):
     """
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Command):
     """Print the report of a finished run, sweep or comparison; say how far an unfinished one is (exit code 2).
 
     Several runs are shown side by side.
@@ -53,8 +57,7 @@ class Report:
     report/report.html in its directory."""
 
 
-@dataclass(frozen=True)
-class Ls:
+class Ls(Command):
     """List the runs, sweeps and comparisons of a storage path: state, result and cost, the newest last.
 
     Damaged directories are listed too; the exit code is 2 if there are any.
@@ -65,7 +68,6 @@ class Ls:
     format: Literal["text", "json"] = "text"
 
 
-@dataclass(frozen=True)
 class Doctor(OfConfig):
     """Check data, model, storage and cluster before a run: resources, what this config requests, memory and time.
 
@@ -73,7 +75,6 @@ class Doctor(OfConfig):
     """
 
 
-@dataclass(frozen=True)
 class Sweep(_Resumed):
     """Run every combination of the values, over seeds, as trials of Ray Tune; print a table and a recommendation.
 
@@ -92,7 +93,6 @@ class Sweep(_Resumed):
     """Stop trials whose validation loss falls behind the others' after the same passes (ASHA)."""
 
 
-@dataclass(frozen=True)
 class Compare(_Resumed):
     """Find out whether subset pretraining pays: arms, controls, budgets and seeds, all costs counted, and a verdict.
 
@@ -124,7 +124,6 @@ class Compare(_Resumed):
     """A first answer, for digits in 20 s on two idle cores: arms B D G H, two seeds, few budgets. A smoke test."""
 
 
-@dataclass(frozen=True)
 class Advise(OfConfig):
     """Forecast subset pretraining, data-parallel training and one device by formulas, without training.
 
@@ -137,7 +136,6 @@ class Advise(OfConfig):
     """A finished comparison of the same data and model, to check the formula by its measurements."""
 
 
-@dataclass(frozen=True)
 class FindRate(OfConfig):
     """Try rising learning rates for a few steps each on the first subset, and suggest one to begin with.
 
@@ -148,8 +146,7 @@ class FindRate(OfConfig):
     """File for a page with the plot, for the browser; by default there is none."""
 
 
-@dataclass(frozen=True)
-class Export:
+class Export(Command):
     """Write the model of a finished run as one file that takes floats in [0, 1], and check its outputs."""
 
     directory: str = field(metadata={"positional": "DIRECTORY"})
@@ -163,8 +160,7 @@ class Export:
     Only for directories of people you trust."""
 
 
-@dataclass(frozen=True)
-class Predict:
+class Predict(Command):
     """Apply the model of a finished run to images, with a line each, to the rows of a table, or to the end of a text.
 
     Classes are sorted by probability, numbers are in the units of the training data, and texts are continued. For masks
@@ -183,7 +179,6 @@ class Predict:
     Only for directories of people you trust."""
 
 
-@dataclass(frozen=True)
 class Settings(OfConfig):
     """Write a YAML file for --config: every setting with its documentation and its default, or its flag's value.
 
@@ -194,9 +189,7 @@ class Settings(OfConfig):
     """The file; by default the text is printed."""
 
 
-Command = Run | Sweep | Compare | Advise | FindRate | Report | Ls | Doctor | Export | Predict | Settings
-
-COMMANDS: Mapping[str, type] = {
+COMMANDS: Mapping[str, type[Command]] = {
     "run": Run,
     "compare": Compare,
     "sweep": Sweep,

@@ -76,13 +76,11 @@ class _AtWork:
             case events.LegDone(leg=leg):
                 self._keep(lambda attempt, at: attempt.directory != leg)
             case events.Retry(attempt=events.Attempt() as lost):
-                self._keep(lambda attempt, at: attempt.pid != lost.pid)
+                self._keep(lambda attempt, at: (attempt.node, attempt.pid) != (lost.node, lost.pid))
             case events.Stage():
                 self._rows.clear()
-        if isinstance(
-            event, events.Start | events.Progress
-        ):  # a process does one piece at a time, or a pack of subsets
-            attempt = event.attempt
+        if isinstance(event, events.Start | events.Progress):
+            attempt = event.attempt  # a process does one piece at a time, or a pack of subsets
             self._rows[attempt.node, attempt.pid, attempt.stage, attempt.round, attempt.subset] = event, now
 
     def _keep(self, is_at_work: Callable[[events.Attempt, float], bool]) -> None:

@@ -29,7 +29,7 @@ def need(condition: object, message: str) -> None:
         raise ValueError(message)
 
 
-@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 class Part:
     """A group of settings that checks itself: each subclass is a frozen dataclass, made by keywords.
 
