@@ -218,16 +218,11 @@ def _time(
     if not slots:
         yield Check("time", None, "not measured: nothing fits on the nodes that are alive")
         return
+    arguments = put_once(full_set), config, plan.subsets[0].indices, num_gpus
+    request = {"CPU": config.actors.num_cpus, "GPU": num_gpus}
     try:
         speed: MeasuredSpeed = call_on_cluster(
-            measure_speed,
-            put_once(full_set),
-            config,
-            plan.subsets[0].indices,
-            num_gpus,
-            request={"CPU": config.actors.num_cpus, "GPU": num_gpus},
-            tell=lambda event: None,
-            timeout_s=MEASURE_TIMEOUT_S,
+            measure_speed, *arguments, request=request, tell=lambda event: None, timeout_s=MEASURE_TIMEOUT_S
         )
     except TimeoutError as error:
         yield Check("time", None, f"not measured: {error}")

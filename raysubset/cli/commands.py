@@ -183,10 +183,9 @@ def _reported(
     return report
 
 
-def _run(command: flags.Run) -> int:
+def _run(command: flags.Run) -> None:
     report_path = Path(command.config.storage_path).expanduser() / command.config.run_name() / "report.json"
     _reported(command, "raysubset.pipeline", "run", is_finished=report_path.exists() and not command.fresh)
-    return DONE
 
 
 def _sweep(command: flags.Sweep) -> int:
@@ -223,7 +222,7 @@ def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:
     return space
 
 
-def _report(command: flags.Report) -> int:
+def _report(command: flags.Report) -> None:
     if not command.directories:
         raise ValueError("report needs a directory: that of a run, a sweep or a comparison, or those of several runs")
     if command.to and (command.format != "html" or len(command.directories) == 1):
@@ -248,7 +247,6 @@ def _report(command: flags.Report) -> int:
                 print(json.dumps(record, indent=1))
             case "text":
                 print_sections(read(record))
-    return DONE
 
 
 def _refuse_no_folder(path: str | None) -> None:
@@ -318,7 +316,7 @@ def _num_gpus_here(config: Config) -> float:
     return float(torch.cuda.is_available() and num_gpus != 0)
 
 
-def _advise(command: flags.Advise) -> int:
+def _advise(command: flags.Advise) -> None:
     from raysubset.comparison import advise, measured_lines, sizes_of
     from raysubset.data import load_full_set
     from raysubset.pipeline.node_speeds import measure_speed
@@ -343,10 +341,9 @@ def _advise(command: flags.Advise) -> int:
         with _damaged(str(command.against)):
             sections.append(Section("What the comparison measured", lines=tuple(measured_lines(comparison, advice))))
     print_sections(sections)
-    return DONE
 
 
-def _find_rate(command: flags.FindRate) -> int:
+def _find_rate(command: flags.FindRate) -> None:
     _refuse_no_folder(command.to)
     from raysubset.data import load_full_set
     from raysubset.planning import make_plan
@@ -373,14 +370,12 @@ def _find_rate(command: flags.FindRate) -> int:
     if command.to:
         print(f"Page: {write_rates(sections, command.to, config.to_dict())}")
     print_sections(sections)
-    return DONE
 
 
-def _export(command: flags.Export) -> int:
+def _export(command: flags.Export) -> None:
     from raysubset.trained_model.exporting import export_model
 
     print(export_model(command.directory, command.to, format=command.format, trust_code=command.trust_code))
-    return DONE
 
 
 def _predict(command: flags.Predict) -> int:
@@ -399,23 +394,22 @@ def _predict(command: flags.Predict) -> int:
     return code
 
 
-def _settings(command: flags.Settings) -> int:
+def _settings(command: flags.Settings) -> None:
     from raysubset.cli.help import settings_text
 
     text = settings_text(command.config)
     if command.to is None:
         print(text, end="")
-        return DONE
+        return
     path = Path(command.to).expanduser()
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ValueError(f"--to {command.to}: the file is YAML: give it a name that ends in .yaml")
     if path.exists():
         raise ValueError(f"--to {command.to} exists already: choose another name")
     path.write_text(text, encoding="utf-8")
-    return DONE
 
 
-_WORK: Mapping[type[flags.Command], Callable[[Any], int]] = {
+_WORK: Mapping[type[flags.Command], Callable[[Any], int | None]] = {
     flags.Run: _run,
     flags.Sweep: _sweep,
     flags.Compare: _compare,
@@ -431,7 +425,7 @@ _WORK: Mapping[type[flags.Command], Callable[[Any], int]] = {
 
 
 def _do(command: flags.Command) -> int:
-    return _WORK[type(command)](command)
+    return _WORK[type(command)](command) or DONE
 
 
 def _error(text: str) -> None:

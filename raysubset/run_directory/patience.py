@@ -133,11 +133,10 @@ class Patient(pafs.FileSystemHandler):
     def normalize_path(self, path: str) -> str:
         return self._filesystem.normalize_path(path)
 
-    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+    def get_file_info(self, paths: list[str] | pafs.FileSelector) -> list[pafs.FileInfo]:
         return self._take(self._filesystem.get_file_info, paths)
 
-    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        return self._take(self._filesystem.get_file_info, selector)
+    get_file_info_selector = get_file_info
 
     def create_dir(self, path: str, recursive: bool) -> None:
         self._take(self._filesystem.create_dir, path, recursive=recursive)

@@ -20,16 +20,8 @@ from raysubset.user_code.given import Given, hold
 
 T = TypeVar("T")
 
-_INSTALLED = tuple(
-    {
-        os.path.realpath(path)
-        for path in (
-            *(sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")),
-            *site.getsitepackages(),
-            site.getusersitepackages(),
-        )
-    }
-)
+_PLACES = (*map(sysconfig.get_path, ("stdlib", "platstdlib", "purelib", "platlib")), *site.getsitepackages())
+_INSTALLED = tuple(f"{os.path.realpath(path)}{os.sep}" for path in (*_PLACES, site.getusersitepackages()))
 _PACKAGES = {"site-packages", "dist-packages"}
 
 
@@ -115,7 +107,7 @@ def at(workplace: Workplace, function: Callable[..., T]) -> Callable[..., T]:
 
 
 def _is_installed(path: str) -> bool:
-    return f"{path}{os.sep}".startswith(tuple(f"{root}{os.sep}" for root in _INSTALLED))
+    return f"{path}{os.sep}".startswith(_INSTALLED)
 
 
 def _own_spec(name: str, folders: list[str]) -> ModuleSpec | None:
