@@ -10,6 +10,7 @@ import torch
 
 from raysubset import Config, run
 from raysubset.events import AggregateDone, Event, MinimumDone, Retry, Stage, Start
+from raysubset.pipeline import stages
 from raysubset.report import sections, write_files
 from raysubset.report.several import read_several, write_several
 from raysubset.run_directory import (
@@ -20,6 +21,7 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.run_directory.ledger import Ledger
+from raysubset.run_directory.recent import RECENT
 from raysubset.training import Weights
 from tests.tiny import same_bits, stored_weights
 
@@ -94,6 +96,27 @@ def test_members_of_a_later_round_begin_with_the_mean_optimizer_state_and_resumi
     assert same_bits(*(aggregate(directory, 0) for directory in others))
     results = [aggregate(directory, 1)["head.weight"] for directory in (whole, *others)]
     assert not any(torch.equal(results[i], results[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("keep", [None, 1])
+@pytest.mark.parametrize("damage", ["gone", "changed", "of another start"])
+def test_frozen_weights_that_are_damaged_after_some_rounds_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, keep: int | None
+) -> None:
+    """Though the minima of the first round, which left them first, are done and may be deleted."""
+    rounds = {"rounds__num": 3, "rounds__keep_minima": keep, "model__name": "tests.test_rounds:adapter"}
+    whole = RunDirectory.at(run(config(tmp_path, "unbroken", **rounds)).uri)
+    with pytest.raises(Enough):
+        run(config(tmp_path, "broken", **rounds), on_event=stop_at(Stage, "round 3 of 3"))
+    (path,) = (tmp_path / "broken" / "frozen").iterdir()
+    path.write_bytes(bytes(path.stat().st_size)) if damage == "changed" else path.unlink()
+    if damage == "of another start":
+        monkeypatch.setattr(stages, "restore_frozen", lambda *_: False)
+    RECENT.frozen, RECENT._contents = {}, {}  # as in a new process
+    broken = RunDirectory.at(run(config(tmp_path, "broken", **rounds)).uri)
+    assert same_bits(aggregate(broken, 2), aggregate(whole, 2))
+    num_done = sum(work.outcome == "done" and work.stage == "subsets" for work in Ledger(broken).read())
+    assert num_done <= 8 or damage == "of another start"  # 6 without damage
 
 
 def test_measuring_rounds_less_often_changes_no_parameter_and_spares_what_it_costs(tmp_path: Path) -> None:

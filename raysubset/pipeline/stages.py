@@ -39,6 +39,7 @@ from raysubset.planning.idle_settings import idle_settings
 from raysubset.quality import metrics_in_words
 from raysubset.run_directory import (
     ENVIRONMENT_PATH,
+    FROZEN_FOLDER,
     REPORT_PATH,
     RESULT_PATH,
     TRACES_FOLDER,
@@ -56,7 +57,7 @@ from raysubset.tracking import track_finished, tracked
 from raysubset.trained_model import ModelRecord, leave_samples, save_model
 from raysubset.training import Weights
 from raysubset.user_code.given import is_given
-from raysubset.work import Output, Piece, Run, TestPiece, leave_test
+from raysubset.work import Output, Piece, Run, TestPiece, leave_test, restore_frozen, seeded_model
 from raysubset.work.identity import places_notes
 
 
@@ -159,6 +160,16 @@ class _Stages:
                 damaged_paths.add(error.path)
                 self._tell(Note(f"{error}; it is computed again", is_warning=True))
                 self._directory.forget(error.path)
+                if error.path.startswith(FROZEN_FOLDER):
+                    self._restore_frozen(error.path)
+
+    def _restore_frozen(self, path: str) -> None:
+        """Write frozen weights again as the run's start has them; if they were others, have all work done again."""
+        start = seeded_model(self._config, self._full_set).state_dict()
+        if not restore_frozen(self._directory, path, start):
+            for record_path in self._directory.list("", recursive=True):
+                if record_path.endswith(("/minimum.json", "/aggregate.json")):
+                    self._directory.delete(record_path)
 
     def planned(self) -> Planned:
         """Return the planned steps and passes, given how many actors the cluster can have at once."""

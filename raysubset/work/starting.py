@@ -4,9 +4,11 @@ import hashlib
 import io
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import pyarrow as pa
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ from raysubset.errors import first_line, listed
 from raysubset.events import Note
 from raysubset.fingerprints import Entry, fingerprint
 from raysubset.models import architecture, new_model
-from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, RunDirectory
+from raysubset.run_directory import FROZEN_FOLDER, MODEL_PATH, MODEL_RECORD_PATH, RunDirectory
+from raysubset.run_directory.weights_files import frozen_of
 from raysubset.tasks import Task, task_from_dict
 from raysubset.training import Weights
 
@@ -59,6 +62,25 @@ def fixed_weights(start: Weights, averaged: Collection[str]) -> Weights:
 def unchanged_names(weights: Weights, fixed: Weights) -> frozenset[str]:
     """Return the names of the fixed weights that are what they were."""
     return frozenset(name for name, tensor in fixed.items() if torch.equal(weights[name].cpu(), tensor))
+
+
+def restore_frozen(directory: RunDirectory, path: str, start: Weights) -> bool:
+    """Write a file of frozen weights again, as these start weights hold them: the names that files which share it lack.
+
+    Returns:
+        False if no file shares it, or its content was other; then it is gone.
+    """
+    for other in directory.list("", recursive=True):
+        if other.endswith(".safetensors") and other != path:
+            data = directory.read_bytes(other)
+            with suppress(ValueError, safetensors.SafetensorError):  # of a file that is damaged too
+                if frozen_of(io.BytesIO(data)) == path:
+                    changed = safetensors.torch.load(data)
+                    seal = directory.write_weights(path, {n: t for n, t in start.items() if n not in changed})
+                    if seal.rpartition(" ")[2].startswith(path.removeprefix(f"{FROZEN_FOLDER}/").partition(".")[0]):
+                        return True
+    directory.delete(path)
+    return False
 
 
 def start_note(config: Config, full_set: FullSet) -> list[Note]:
