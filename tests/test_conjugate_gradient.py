@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.training import minimize
+from raysubset.training.whole_subset import conjugate_gradient
 from raysubset.training.whole_subset.conjugate_gradient import ConjugateGradient
 from raysubset.training.whole_subset.objective import Objective
 from tests.tiny import SQUARED_ERROR, examples, linear, with_labels
@@ -35,12 +36,17 @@ def quadratic(model: nn.Module, data: Examples) -> tuple[Tensor, Tensor]:
     return torch.func.hessian(loss)(flat(model)), torch.func.grad(loss)(flat(model))
 
 
-def test_with_exact_searches_it_is_linear_conjugate_gradients_step_for_step():
+@pytest.fixture
+def exact_searches(monkeypatch):
+    monkeypatch.setattr(conjugate_gradient, "CURVATURE", 1e-10)
+
+
+def test_with_exact_searches_it_is_linear_conjugate_gradients_step_for_step(exact_searches):
     data, model = examples(60, side=3, objective=SQUARED_ERROR), linear(9, dtype=torch.float64)
     hessian, gradient = quadratic(model, data)
     weights, residual, direction = flat(model), -gradient, -gradient
     objective = Objective(model.eval(), data, RECIPE)
-    stepper, at = ConjugateGradient(objective, curvature=1e-10), objective.evaluate()
+    stepper, at = ConjugateGradient(objective), objective.evaluate()
     for _ in range(12):
         at = stepper.step(at, 10**6)
         rate = residual @ residual / (direction @ hessian @ direction)
@@ -50,13 +56,13 @@ def test_with_exact_searches_it_is_linear_conjugate_gradients_step_for_step():
         torch.testing.assert_close(flat(model), weights, rtol=0, atol=1e-7)
 
 
-def test_a_quadratic_of_d_parameters_takes_about_d_steps():
+def test_a_quadratic_of_d_parameters_takes_about_d_steps(exact_searches):
     """30 parameters, whose Hessian has ten values three times each: the same minimum in some ten steps."""
     data, model = examples(60, side=3, objective=SQUARED_ERROR), linear(9, dtype=torch.float64)
     hessian, gradient = quadratic(model, data)
     closed_form = flat(model) - torch.linalg.solve(hessian, gradient)
     objective = Objective(model.eval(), data, RECIPE)
-    stepper, at = ConjugateGradient(objective, curvature=1e-10), objective.evaluate()
+    stepper, at = ConjugateGradient(objective), objective.evaluate()
     for _ in range(10 + 3):
         at = stepper.step(at, 10**6)
     torch.testing.assert_close(flat(model), closed_form, rtol=0, atol=1e-6)

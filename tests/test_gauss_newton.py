@@ -12,6 +12,7 @@ from torch.func import functional_call, hessian, jacrev
 from raysubset.config import MinimizeConfig
 from raysubset.tasks import CrossEntropy
 from raysubset.training import minimize
+from raysubset.training.whole_subset import gauss_newton
 from raysubset.training.whole_subset.gauss_newton import GaussNewton, conjugate_gradients
 from raysubset.training.whole_subset.objective import Objective
 from tests.tiny import SQUARED_ERROR, cnn, examples, linear, with_labels
@@ -113,25 +114,36 @@ def test_frozen_parameters_have_no_part_in_it():
     torch.testing.assert_close(frozen.gauss_newton_product(torch.ones(sum(head), dtype=torch.float64)), part)
 
 
-def test_one_undamped_step_on_a_linear_model_is_least_squares():
+def damped(objective: Objective, damping: float) -> GaussNewton:
+    stepper = GaussNewton(objective)
+    stepper.load_state_dict({"damping": damping, "growth": 2.0})
+    return stepper
+
+
+@pytest.fixture
+def exact_solves(monkeypatch):
+    monkeypatch.setattr(gauss_newton, "MAX_PRODUCTS", 500)
+    monkeypatch.setattr(gauss_newton, "RELATIVE_PROGRESS", 0.0)
+
+
+def test_one_undamped_step_on_a_linear_model_is_least_squares(exact_solves):
     data, model = examples(60, side=4, objective=SQUARED_ERROR), linear(16, dtype=torch.float64)
     images, labels = data.batch(torch.arange(60), dtype=torch.float64)
     inputs = np.hstack([images.flatten(1).numpy(), np.ones((60, 1))])
     expected = np.linalg.lstsq(inputs, np.eye(3)[labels], rcond=None)[0]
     objective = Objective(model.eval(), data, RECIPE)
-    stepper = GaussNewton(objective, damping=0.0, max_products=200, relative_progress=0.0)
-    stepper.step(objective.evaluate(), 10**6)
+    damped(objective, 0.0).step(objective.evaluate(), 10**6)
     np.testing.assert_allclose(model[1].weight.detach().numpy().T, expected[:-1], atol=1e-6)  # type: ignore[index]
     np.testing.assert_allclose(model[1].bias.detach().numpy(), expected[-1], atol=1e-6)  # type: ignore[index]
     assert objective.num_gradients == 2
 
 
-def test_damping_shortens_the_step_as_the_dense_system_says():
+def test_damping_shortens_the_step_as_the_dense_system_says(exact_solves):
     data, model = examples(20), cnn("none").double().eval()
     objective = Objective(model, data, RECIPE)
     at, origin = objective.evaluate(), flat(model)
     matrix = dense(model, *data.batch(torch.arange(20), dtype=torch.float64), LOSSES["cross_entropy"][1])
-    GaussNewton(objective, damping=10.0, max_products=500, relative_progress=0.0).step(at, 10**6)
+    damped(objective, 10.0).step(at, 10**6)
     identity = torch.eye(len(matrix), dtype=torch.float64)
     torch.testing.assert_close(flat(model) - origin, -torch.linalg.solve(matrix + 10 * identity, at.gradient))
 
@@ -150,7 +162,7 @@ class Arctangent(nn.Module):
 def test_a_step_that_leads_up_is_halved_and_the_damping_doubled():
     data = with_labels(examples(4, objective=SQUARED_ERROR), torch.zeros(4, dtype=torch.long))
     objective = Objective(model := Arctangent(), data, RECIPE)
-    stepper, at = GaussNewton(objective, damping=1e-9), objective.evaluate()
+    stepper, at = damped(objective, 1e-9), objective.evaluate()
     below = stepper.step(at, 10**6)
     assert model.place.item() == pytest.approx(
         3 - 10 * math.atan(3) / 4, rel=1e-5
@@ -163,7 +175,7 @@ def test_a_step_that_leads_up_is_halved_and_the_damping_doubled():
 def test_where_the_model_is_right_the_damping_falls_to_a_third():
     data, model = examples(60, side=4, objective=SQUARED_ERROR), linear(16, dtype=torch.float64)
     objective = Objective(model.eval(), data, RECIPE)
-    stepper = GaussNewton(objective, damping=0.3)
+    stepper = damped(objective, 0.3)
     stepper.step(objective.evaluate(), 10**6)  # a quadratic: ρ = 1
     assert stepper.state_dict() == {"damping": pytest.approx(0.1), "growth": 2.0}
 

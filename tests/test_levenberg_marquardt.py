@@ -113,11 +113,17 @@ def test_of_images_classes_too(norm):
     torch.testing.assert_close(gradient, jacobian.T @ residuals / 10, rtol=1e-9, atol=1e-12)
 
 
+def damped(objective: Objective, damping: float) -> LevenbergMarquardt:
+    stepper = LevenbergMarquardt(objective)
+    stepper.load_state_dict({"damping": damping})
+    return stepper
+
+
 def test_an_undamped_step_on_a_linear_model_is_least_squares():
     data, model = examples(60, side=4, objective=SQUARED_ERROR), linear(16, dtype=torch.float64)
     objective = Objective(model, data, RECIPE)
     start = objective.evaluate()
-    LevenbergMarquardt(objective, damping=1e-13).step(start, 100)
+    damped(objective, 1e-13).step(start, 100)
     images = data.batch(torch.arange(60), dtype=torch.float64)[0].flatten(1)
     design = torch.cat([images, torch.ones(60, 1, dtype=torch.float64)], dim=1)
     expected = torch.linalg.lstsq(design, torch.eye(3, dtype=torch.float64)[data.targets()]).solution
@@ -161,7 +167,7 @@ def test_the_damping_rises_by_four_until_the_loss_falls_and_then_falls_by_four()
     data = curves(16)
     data = replace(data, rows={**data.rows, "target": torch.zeros(16, 2)})
     objective = Objective(model := Arctangent(), data, RECIPE)
-    stepper = LevenbergMarquardt(objective, damping=0.01)
+    stepper = damped(objective, 0.01)
     start = objective.evaluate()
     after = stepper.step(start, 100)  # tries 0.01, 0.04, 0.16, 0.64, the first above 5 / 4 arctan 2 − 1
     assert after.loss < start.loss

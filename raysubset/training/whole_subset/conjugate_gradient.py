@@ -26,9 +26,8 @@ class ConjugateGradient:
 
     least_thirds = 1
 
-    def __init__(self, objective: Objective, *, curvature: float = CURVATURE) -> None:
-        """Begin without a direction. `curvature` is c2 of the line search; near 0 the search is exact."""
-        self._objective, self._curvature = objective, curvature
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
         self._previous: dict[str, Any] = {}  # loss, gradient and direction of the step before
 
     def step(self, start: Evaluation, budget: int) -> Evaluation:
@@ -91,7 +90,7 @@ class ConjugateGradient:
             start.loss,
             start.gradient.to(wide),
             slope,
-            c2=self._curvature,
+            c2=CURVATURE,
             tolerance_change=shortest * direction.abs().max().item(),
             max_ls=min(MAX_TRIALS, max(1, budget // 3)) - 1,
         )

@@ -32,23 +32,10 @@ class GaussNewton:
 
     least_thirds = 1
 
-    def __init__(
-        self,
-        objective: Objective,
-        *,
-        damping: float | None = None,
-        max_products: int = MAX_PRODUCTS,
-        relative_progress: float = RELATIVE_PROGRESS,
-    ) -> None:
-        """Begin with a damping λ, which may be 0; None derives it from the first product.
-
-        Args:
-            max_products: of one linear system.
-            relative_progress: below this the linear solver stops; 0 solves to the last digit.
-        """
+    def __init__(self, objective: Objective) -> None:
         self._objective, self._scale = objective, objective.recipe.peak_learning_rate()
-        self._max_products, self._relative_progress = max_products, relative_progress
-        self._damping, self._growth = damping, 2.0
+        self._damping: float | None = None  # λ, which the first product decides
+        self._growth = 2.0
 
     def step(self, start: Evaluation, budget: int) -> Evaluation:
         """Make one accepted step. If ten are rejected, or the budget ends, return `start`, or a non-finite loss."""
@@ -59,7 +46,7 @@ class GaussNewton:
             max_products = (thirds_left - PRODUCT_THIRDS) // PRODUCT_THIRDS  # a loss and a gradient cost as much
             if attempt and max_products < 1:
                 break
-            step, slope, curvature = self._solve(start.gradient, max(1, min(self._max_products, max_products)))
+            step, slope, curvature = self._solve(start.gradient, max(1, min(MAX_PRODUCTS, max_products)))
             predicted = self._scale * slope + self._scale**2 * curvature / 2
             if not predicted < -objective.resolution * abs(start.loss):
                 break  # the remaining gain is rounding error
@@ -86,7 +73,7 @@ class GaussNewton:
             return product + self._damping * vector
 
         step, residual = conjugate_gradients(
-            damped, -gradient, max_products=max_products, relative_progress=self._relative_progress
+            damped, -gradient, max_products=max_products, relative_progress=RELATIVE_PROGRESS
         )
         slope = dot(gradient, step)
         assert self._damping is not None

@@ -22,8 +22,8 @@ class LevenbergMarquardt:
     validation loss on arm kinematics.)
     """
 
-    def __init__(self, objective: Objective, *, damping: float = FIRST_DAMPING) -> None:
-        """Begin with a damping λ.
+    def __init__(self, objective: Objective) -> None:
+        """Begin with the first damping λ.
 
         Raises:
             ValueError: if there are more than MOST_PARAMETERS.
@@ -34,7 +34,7 @@ class LevenbergMarquardt:
                 f"levenberg_marquardt solves with a matrix of {num:,}² numbers, {8e-6 * num**2:,.0f} MB, and takes at "
                 f"most {MOST_PARAMETERS:,} parameters: use gauss_newton or lbfgs, or a smaller network"
             )
-        self._objective, self._scale, self._damping = objective, objective.recipe.peak_learning_rate(), damping
+        self._objective, self._scale, self._damping = objective, objective.recipe.peak_learning_rate(), FIRST_DAMPING
         self._num_residuals = objective.num_residuals()
         self.least_thirds = 2 + 2 * self._num_residuals  # a Jacobian, and a loss
 
