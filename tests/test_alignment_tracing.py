@@ -107,9 +107,9 @@ def test_vgg_is_traced_through_its_flatten():
     model = models.vgg11_bn(weights=None, num_classes=5, init_weights=False)
     model.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 20), nn.ReLU(), nn.Linear(20, 5))  # 4096² take minutes
     structure = assert_unchanged(model, (3, 32, 32))
-    (columns,) = [axis for axis in structure.groups[-2].axes if axis.names == ("classifier.0.weight",)]
-    torch.testing.assert_close(columns.positions, torch.arange(512 * 49).reshape(512, 49))
-    assert (columns.axis, columns.rows) == (1, None)
+    (columns,) = [pair for pair in structure.groups[-2].axes if pair[0].names == ("classifier.0.weight",)]
+    torch.testing.assert_close(columns[1], torch.arange(512 * 49).reshape(512, 49))
+    assert (columns[0].dim, columns[0].rows) == (1, None)
 
 
 class Network(nn.Module):
@@ -194,13 +194,13 @@ def test_units_that_meet_each_other_crosswise_are_permuted_in_pairs():
     model = Network(lambda net, x: net.last(x + x.flip(1)), 4, last=nn.Conv2d(6, 4, 1))
     structure = assert_unchanged(model, (3, 8, 8))
     assert sizes(structure) == [3, 4]
-    assert structure.groups[0].axes[0].positions.tolist() == [[0, 5], [1, 4], [2, 3]]
+    assert structure.groups[0].axes[0][1].tolist() == [[0, 5], [1, 4], [2, 3]]
 
 
 def test_a_residual_stream_that_widens_by_zeros_is_permuted_by_parts():
     model = build_model(OWN["cifar_resnet"], Spec((3, 8, 8), (5,)), seed=0)
     groups = {group.name: group for group in trace_units(model, Spec((3, 8, 8), (5,))).groups}
-    stream = {axis.names[0]: axis.positions.flatten().tolist() for axis in groups["conv"].axes if axis.axis == 1}
+    stream = {axis.names[0]: positions.flatten().tolist() for axis, positions in groups["conv"].axes if axis.dim == 1}
     assert stream["stage2.0.conv0.weight"] == list(range(8))
     assert groups["conv"].size == 8
     new = {name: group.size for name, group in groups.items() if name.endswith("conv1[8]") or name.endswith("[16]")}

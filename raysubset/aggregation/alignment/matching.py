@@ -34,7 +34,7 @@ def match_weights(
     target = {name: target[name].to(device, torch.float64) for name in parameter_names}
     current = {name: weights[name].to(device, torch.float64) for name in parameter_names}
     groups = [
-        replace(group, axes=tuple(axis for axis in group.axes if axis.names[0] in parameter_names))
+        replace(group, axes=tuple(pair for pair in group.axes if pair[0].names[0] in parameter_names))
         for group in structure.groups
     ]
     orders = list(structure.identity())
@@ -44,15 +44,15 @@ def match_weights(
         for k in torch.randperm(len(groups), generator=generator).tolist():
             group = groups[k]
             similarity = torch.zeros(group.size, group.size, dtype=torch.float64, device=device)
-            for axis in group.axes:
-                positions = axis.positions.to(device)
-                ours, theirs = (axis.view(each)[positions].reshape(group.size, -1) for each in (target, current))
+            for axis, positions in group.axes:
+                index = positions.to(device)
+                ours, theirs = (axis.view(each)[index].reshape(group.size, -1) for each in (target, current))
                 similarity += ours @ theirs.T
             order = _best_order(similarity)
             if order is None:
                 continue
             candidate = permuted(current, [group], (order,))
-            names = {axis.names[0] for axis in group.axes}
+            names = {axis.names[0] for axis, _ in group.axes}
             if len(names) < len(group.axes) and not _agree_better(target, candidate, current, names):
                 continue  # both axes of one tensor are permuted, so this is no longer a linear assignment
             current, orders[k], has_improved = candidate, orders[k][order], True
@@ -73,15 +73,15 @@ def match_activations(
     correlations = [[_Correlation() for _ in group.activations] for group in groups]
     places: dict[str, list[tuple[int, int]]] = {}
     for g, group in enumerate(groups):
-        for r, activation in enumerate(group.activations):
-            places.setdefault(activation.node, []).append((g, r))
+        for r, (layer, _) in enumerate(group.activations):
+            places.setdefault(layer.node, []).append((g, r))
     with torch.no_grad():
         for images in batches:
             for (node, ours), (_, theirs) in zip(walk(target, images), walk(network, images), strict=True):
                 for g, r in places.get(node.name, ()):
-                    activation = groups[g].activations[r]
-                    positions = activation.positions.to(images.device)
-                    a, b = (x.movedim(activation.dim, 0)[positions].flatten(1).double() for x in (ours, theirs))
+                    layer, positions = groups[g].activations[r]
+                    index = positions.to(images.device)
+                    a, b = (x.movedim(layer.dim, 0)[index].flatten(1).double() for x in (ours, theirs))
                     correlations[g][r].add(a, b)
     orders = []
     for group, parts in zip(groups, correlations, strict=True):

@@ -152,7 +152,7 @@ class _Aligner(Scorer):
 def _without_frozen(structure: UnitStructure, averaged: frozenset[str]) -> UnitStructure:
     """Keep the units in place that a frozen layer produces or reads: all members have them in the same order."""
     groups = tuple(
-        group for group in structure.groups if all(name in averaged for axis in group.axes for name in axis.names)
+        group for group in structure.groups if all(name in averaged for axis, _ in group.axes for name in axis.names)
     )
     num_fixed = structure.num_fixed_groups + len(structure.groups) - len(groups)
     return dataclasses.replace(structure, groups=groups, num_fixed_groups=num_fixed)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from raysubset.aggregation.alignment.unit_tracer import FIXED, Layer, UnitTracer, refusal
+from raysubset.aggregation.alignment.unit_tracer import FIXED, Axis, Layer, UnitTracer, refusal
 from raysubset.errors import first_line
 from raysubset.tasks import Spec
 from raysubset.training import Weights
@@ -23,37 +23,15 @@ _TOLERANCE = 1e-6  # relative, in float64
 
 
 @dataclass(frozen=True, eq=False)
-class UnitAxis:
-    """The place of a group's units along an axis of a parameter or buffer."""
-
-    names: tuple[str, ...]  # in the state dict; several for a shared tensor
-    axis: int
-    rows: tuple[int, int] | None  # (from, to) of axis 0: one group of a grouped convolution
-    positions: Tensor  # int64 [n, R]: the indices of each unit; R > 1 if a unit covers several, as after a flatten
-
-    def view(self, weights: Weights) -> Tensor:
-        """Return the unit's part of the tensor, sharing its memory, with the units' axis first: [C, …]."""
-        tensor = weights[self.names[0]]
-        return (tensor if self.rows is None else tensor[slice(*self.rows)]).movedim(self.axis, 0)
-
-
-@dataclass(frozen=True, eq=False)
-class Activation:
-    """A layer's output that holds a group's units, before the activation function."""
-
-    node: str  # of the graph
-    dim: int
-    positions: Tensor  # int64 [n, R]
-
-
-@dataclass(frozen=True, eq=False)
 class UnitGroup:
     """Units that may change places with each other: any permutation of them leaves the network's function unchanged."""
 
     name: str  # of the first parameter's module, with the first unit's place unless it is 0
     size: int
-    axes: tuple[UnitAxis, ...]
-    activations: tuple[Activation, ...]
+    axes: tuple[tuple[Axis, Tensor], ...]
+    """Where the units are in the weights: int64 [n, R], the indices of each unit along an axis. R > 1 if a unit covers
+    several, as after a flatten."""
+    activations: tuple[tuple[Layer, Tensor], ...]  # likewise in layers' outputs, before the activation function
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +58,12 @@ def permuted(weights: Weights, groups: Sequence[UnitGroup], permutations: Permut
     for group, order in zip(groups, permutations, strict=True):
         if torch.equal(order, torch.arange(group.size)):
             continue
-        for axis in group.axes:
+        for axis, positions in group.axes:
             name = axis.names[0]
             if name not in copied:
                 weights[name] = weights[name].clone()
                 copied.add(name)
-            positions = axis.positions.to(weights[name].device)
-            view = axis.view(weights)
+            view, positions = axis.view(weights), positions.to(weights[name].device)
             view[positions] = view[positions[order]]
             for other in axis.names[1:]:
                 weights[other] = weights[name]
@@ -169,7 +146,7 @@ def _structure(tracer: UnitTracer, graph: fx.Graph) -> UnitStructure:
     _, group_of_movable, sizes = np.unique(kind[is_movable], return_inverse=True, return_counts=True)
     group_of = np.full(len(kind), -1)  # of each class; -1: it stays in place, or may change places with no other
     group_of[is_movable] = np.where(sizes[group_of_movable] > 1, group_of_movable, -1)
-    axes, activations = defaultdict[int, list[UnitAxis]](list), defaultdict[int, list[Activation]](list)
+    axes, activations = (defaultdict[int, list[tuple[Any, Tensor]]](list) for _ in range(2))
     layers = []
     for site in tracer.sites:
         classes = unit_class[site.units.numpy()]
@@ -179,14 +156,14 @@ def _structure(tracer: UnitTracer, graph: fx.Graph) -> UnitStructure:
                 continue
             places = order[group_of[classes[order]] == group]
             positions = torch.from_numpy(places.reshape(sizes[group], -1))
-            for use in site.uses:
-                axes[group].append(UnitAxis(*use, positions))
+            for axis in site.axes:
+                axes[group].append((axis, positions))
             if site.layer is not None:
-                activations[group].append(Activation(site.layer.node, site.layer.dim, positions))
+                activations[group].append((site.layer, positions))
         if site.layer is not None and not is_fixed[classes].all():
             layers.append(site.layer)
     groups = tuple(
-        UnitGroup(_name(group_axes), int(sizes[group]), tuple(group_axes), tuple(activations[group]))
+        UnitGroup(_name(*group_axes[0]), int(sizes[group]), tuple(group_axes), tuple(activations[group]))
         for group, group_axes in axes.items()
     )
     if not groups:
@@ -204,9 +181,9 @@ def _classes(tracer: UnitTracer) -> np.ndarray:
     return connected_components(joined, directed=False)[1]
 
 
-def _name(axes: Sequence[UnitAxis]) -> str:
-    first = int(axes[0].positions.min()) + (axes[0].rows[0] if axes[0].rows and axes[0].axis == 0 else 0)
-    layer = axes[0].names[0].rpartition(".")[0] or axes[0].names[0]
+def _name(axis: Axis, positions: Tensor) -> str:
+    first = int(positions.min()) + (axis.rows[0] if axis.rows and axis.dim == 0 else 0)
+    layer = axis.names[0].rpartition(".")[0] or axis.names[0]
     return f"{layer}[{first}]" if first else layer
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_aggregate, map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from raysubset.training import Weights
+
 FIXED = 0  # the unit of all that never moves: images, logits, and what is computed from them alone
 
 # Operations of known effect by name, so that F.relu, torch.relu, Tensor.relu_ and nn.ReLU are the same
@@ -66,12 +68,17 @@ class Units:
         return rows[:, 0] if bool((rows == rows[:, :1]).all()) else None
 
 
-class Use(NamedTuple):
+class Axis(NamedTuple):
     """An axis of a parameter or buffer, or of some of its rows if a grouped convolution's groups differ."""
 
     names: tuple[str, ...]  # in the state dict; several for a shared tensor
-    axis: int
+    dim: int
     rows: tuple[int, int] | None = None  # (from, to) of axis 0
+
+    def view(self, weights: Weights) -> Tensor:
+        """Return the part of the tensor, sharing its memory, with this axis first: [C, …]."""
+        tensor = weights[self.names[0]]
+        return (tensor if self.rows is None else tensor[slice(*self.rows)]).movedim(self.dim, 0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Site:
     """A place where units meet. Two units may be exchanged only if they are in the same sites, equally often."""
 
     units: Tensor  # int64 [C]
-    uses: tuple[Use, ...] = ()  # axes of length C
+    axes: tuple[Axis, ...] = ()  # of length C
     layer: Layer | None = None  # whose output has these channels
 
 
@@ -110,7 +117,7 @@ class UnitTracer:
         for name, tensor in tensors.items():
             self._names[id(tensor)] = (*self._names.get(id(tensor), ()), name)
         self._values: dict[Node, Any] = {}
-        self._units_of: dict[Use, Tensor] = {}  # where an axis was met first
+        self._units_of: dict[Axis, Tensor] = {}  # where an axis was met first
 
     def follow(self, n: Node, result: Any) -> None:
         """Find the units of the result of the next node.
@@ -309,14 +316,14 @@ class UnitTracer:
 
     def _meet(self, units: Tensor, *axes: tuple[Tensor | None, int], rows: tuple[int, int] | None = None) -> None:
         """Note units along axes of tensors. Units on an axis that was met before are the same as the units met then."""
-        new_uses = []
-        for use in (Use(self._names[id(tensor)], axis, rows) for tensor, axis in axes if tensor is not None):
-            if use in self._units_of:
-                self._join(self._units_of[use], units)
+        new_axes = []
+        for axis in (Axis(self._names[id(tensor)], dim, rows) for tensor, dim in axes if tensor is not None):
+            if axis in self._units_of:
+                self._join(self._units_of[axis], units)
             else:
-                self._units_of[use] = units
-                new_uses.append(use)
-        self.sites.append(Site(units, tuple(new_uses)))
+                self._units_of[axis] = units
+                new_axes.append(axis)
+        self.sites.append(Site(units, tuple(new_axes)))
 
 
 def refusal(reason: str) -> ValueError:
