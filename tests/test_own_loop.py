@@ -143,7 +143,7 @@ OVERRIDES = {
     "minimize.objective is for the built-in loop": {"minimize.objective": "losses:mixup"},
     "minimize.averaging is for the built-in loop": {"minimize.averaging.kind": "ema"},
     "minimize.epoch_fraction is for the built-in loop": {"minimize.epoch_fraction": 0.5},
-    "set rounds.optimizer_state=reset": {"rounds.num": 2},
+    "has no rounds.optimizer_state to keep": {"rounds.num": 2},
     "fine_tuning.distillation needs sgd": {"fine_tuning.distillation": 0.5},
     "needs all examples in memory, and data.streamed holds none": {"data.streamed": True, "data.name": "a.parquet"},
 }

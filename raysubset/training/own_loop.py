@@ -21,14 +21,7 @@ from torch import nn
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Examples
 from raysubset.pulse import beat
-from raysubset.training.records import (
-    Cost,
-    DivergedError,
-    MinimizeResult,
-    OnStep,
-    Progress,
-    num_steps_per_epoch,
-)
+from raysubset.training.records import Cost, DivergedError, MinimizeResult, OnStep, Progress, num_steps_per_epoch
 from raysubset.user_code.functions import in_a_line, load_function, misfit
 
 _FIELD = "minimize.loop"
@@ -63,73 +56,6 @@ class LoopProgress(Progress):
         self.epoch_ended, self.loss_sum, self.num_summed = True, 0.0, 0
 
 
-class _CheckedOnStep:
-    """The on_step() that the user's loop calls: it checks the loop's progress, and passes a plain Progress on."""
-
-    def __init__(self, model: nn.Module, reference: str, on_step: OnStep | None) -> None:
-        self._model, self._reference, self._on_step = model, reference, on_step
-        self._start_s = time.perf_counter()
-        self.was_called = self.is_stopped = False
-        self.last_step = 0
-        self.failure: BaseException | None = None  # raised by our side; a loop that catches it must not hide it
-
-    def __call__(self, progress: LoopProgress) -> bool:
-        self.was_called = True
-        try:
-            if flaw := self._flaw(progress):
-                raise misfit(_FIELD, self._reference, flaw)
-            return self.report(progress)
-        except BaseException as error:
-            self.failure = error
-            raise
-
-    def report(self, progress: LoopProgress) -> bool:
-        """Call our on_step(), and return True if the loop must return."""
-        self.last_step = progress.step
-        beat()
-        self.is_stopped = bool(self._on_step and self._on_step(self.plain(progress))) or self.is_stopped
-        return self.is_stopped
-
-    def _flaw(self, progress: LoopProgress) -> str | None:
-        """Return what is wrong with the loop's progress, and the way out; None if nothing is."""
-        if not isinstance(progress, Progress):
-            return f"called on_step() with a {type(progress).__name__}: give it progress"
-        if not self.last_step < progress.step:
-            text = f"called on_step() at step {progress.step} after {self.last_step}"
-            return f"{text}: let progress.count() count it, or set progress.step before the call"
-        counts = (progress.step, progress.cost.num_forward, progress.cost.num_backward, progress.cost.num_steps)
-        if not all(isinstance(count, int) and count >= 0 for count in counts):
-            return f"reported steps and costs of {counts}: give whole numbers"
-        for record in progress.history[-1:]:
-            numbers = (record.loss, record.learning_rate, record.epoch)
-            if not all(isinstance(number, int | float) for number in numbers) or not math.isfinite(sum(numbers[1:])):
-                return f"recorded {record}: give plain numbers, and 0 where there is no learning rate"
-        if progress.epoch_ended and (not progress.history or progress.history[-1].num_steps != progress.step):
-            return "set progress.epoch_ended without a record in progress.history: call progress.count()"
-        return None
-
-    def plain(self, progress: LoopProgress) -> Progress:
-        """Return the Progress that our side works with. Its captured state includes the weights."""
-        num_steps = max(progress.num_steps, progress.step)
-        plain = Progress(num_steps, progress.num_steps_per_epoch, progress.step, epoch_ended=progress.epoch_ended)
-        plain.cost = replace(progress.cost, device_s=time.perf_counter() - self._start_s)
-        plain.history, plain.summed = list(progress.history), (progress.loss_sum, progress.num_summed)
-        plain.capture = lambda: self._capture(progress)
-        return plain
-
-    def _capture(self, progress: LoopProgress) -> dict[str, Any]:
-        state = progress.state_dict()
-        if progress.capture is dict:  # the loop has not set it, so it starts over
-            return state
-        with in_a_line(_FIELD, self._reference):
-            state["loop"] = progress.capture()
-        return state | {
-            "model": self._model.state_dict(),
-            "num_steps": [progress.num_steps, progress.num_steps_per_epoch],
-            "summed": [progress.loss_sum, progress.num_summed],
-        }
-
-
 def minimize_by_own_loop(
     model: nn.Module,
     examples: Examples,
@@ -157,36 +83,92 @@ def minimize_by_own_loop(
         progress.load_state_dict(state)
         progress.state, (progress.num_steps, progress.num_steps_per_epoch) = state["loop"], state["num_steps"]
         progress.loss_sum, progress.num_summed = state["summed"]
+    start_s, last_step, is_stopped = time.perf_counter(), progress.step, False
+    failure: BaseException | None = None  # raised by our side; a loop that catches it must not hide it
+
+    def capture() -> dict[str, Any]:
+        state = progress.state_dict()
+        if progress.capture is dict:  # the loop has not set it, so it starts over
+            return state
+        with in_a_line(_FIELD, reference):
+            state["loop"] = progress.capture()
+        return state | {
+            "model": model.state_dict(),
+            "num_steps": [progress.num_steps, progress.num_steps_per_epoch],
+            "summed": [progress.loss_sum, progress.num_summed],
+        }
+
+    def cost() -> Cost:
+        return replace(progress.cost, device_s=time.perf_counter() - start_s)
+
+    def report() -> bool:
+        """Call our on_step() with a plain Progress, and return True if the loop must return."""
+        nonlocal last_step, is_stopped
+        last_step, num_steps = progress.step, max(progress.num_steps, progress.step)
+        beat()
+        plain = Progress(num_steps, progress.num_steps_per_epoch, last_step, cost(), progress.epoch_ended)
+        plain.history, plain.summed = list(progress.history), (progress.loss_sum, progress.num_summed)
+        plain.capture = capture
+        is_stopped = bool(on_step and on_step(plain)) or is_stopped
+        return is_stopped
+
+    def checked_on_step(reported: object) -> bool:
+        nonlocal failure
+        try:
+            if reported is not progress:
+                raise misfit(_FIELD, reference, f"called on_step() with a {type(reported).__name__}: give it progress")
+            if flaw := _flaw(progress, last_step):
+                raise misfit(_FIELD, reference, flaw)
+            return report()
+        except BaseException as error:
+            failure = error
+            raise
+
     model.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]  # for flat views of weights
-    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    checked_on_step = _CheckedOnStep(model, reference, on_step)
-    checked_on_step.last_step = progress.step
+    shapes, first_step = {key: tensor.shape for key, tensor in model.state_dict().items()}, progress.step
     model.train()
     with torch.random.fork_rng(devices=[examples.device] if examples.device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(seed, "loop", progress.step))
+        torch.manual_seed(derive_seed(seed, "loop", first_step))
         try:
             with in_a_line(_FIELD, reference):
                 function(model, examples, recipe, progress, checked_on_step)
         except ValueError:
-            if checked_on_step.failure is None:
+            if failure is None:
                 raise
-    if checked_on_step.failure is not None:
-        raise checked_on_step.failure
-    if not checked_on_step.was_called and checked_on_step.last_step < progress.num_steps:
+    if failure is not None:
+        raise failure
+    if last_step == first_step and last_step < progress.num_steps:
         raise misfit(_FIELD, reference, "never called on_step(): call on_step(progress) after every step")
     num_recorded = progress.history[-1].num_steps if progress.history else 0
-    if not checked_on_step.is_stopped and progress.step > num_recorded:
+    if not is_stopped and progress.step > num_recorded:
         progress.end_epoch()
-        checked_on_step.report(progress)
+        report()
     if {key: tensor.shape for key, tensor in model.state_dict().items()} != shapes:
         raise misfit(_FIELD, reference, "left a model with other parameters: change those that it receives in place")
     model.zero_grad()
     if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
         raise DivergedError(f"{_FIELD} = {reference!r} ended at weights that are not finite: lower its learning rate")
-    outcome = "epochs" if progress.step >= progress.num_steps else "stopped" if checked_on_step.is_stopped else "loop"
-    return MinimizeResult(outcome, tuple(progress.history), checked_on_step.plain(progress).cost, {})
+    outcome = "epochs" if progress.step >= progress.num_steps else "stopped" if is_stopped else "loop"
+    return MinimizeResult(outcome, tuple(progress.history), cost(), {})
 
 
 def starts_over(recipe: MinimizeConfig, state: dict[str, Any]) -> bool:
     """Return True if the checkpoint of a user's loop has no captured state, so that the loop starts over."""
     return recipe.loop is not None and "loop" not in state
+
+
+def _flaw(progress: LoopProgress, last_step: int) -> str | None:
+    """Return what is wrong with the loop's progress since its last call, and the way out; None if nothing is."""
+    if not last_step < progress.step:
+        text = f"called on_step() at step {progress.step} after {last_step}"
+        return f"{text}: let progress.count() count it, or set progress.step before the call"
+    counts = (progress.step, progress.cost.num_forward, progress.cost.num_backward, progress.cost.num_steps)
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        return f"reported steps and costs of {counts}: give whole numbers"
+    for record in progress.history[-1:]:
+        numbers = (record.loss, record.learning_rate, record.epoch)
+        if not all(isinstance(number, int | float) for number in numbers) or not math.isfinite(sum(numbers[1:])):
+            return f"recorded {record}: give plain numbers, and 0 where there is no learning rate"
+    if progress.epoch_ended and (not progress.history or progress.history[-1].num_steps != progress.step):
+        return "set progress.epoch_ended without a record in progress.history: call progress.count()"
+    return None
