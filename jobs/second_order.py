@@ -1,6 +1,6 @@
 """Loss against passes on one subset: sgd, adam, L-BFGS, conjugate gradients and Gauss-Newton from the same start.
 
-Command:    python jobs/second_order.py --sets digits mnist --root ~/data --plot second_order.png
+Command:    python jobs/second_order.py --sets digits mnist --root ~/data --plot second_order.html
 Arms:       cnn of width 8, depth 2, without normalisation (1418 parameters); no weight decay; batches of 64, cosine
             schedule to the budget's end for sgd and adam, whose rate (sgd 0.03, 0.1, 0.3; adam 0.01, 0.03, 0.1) is the
             one of the least loss on the subset with seed 0: that grid's other runs cost 560 passes more on digits and
@@ -47,22 +47,21 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout is enough
 
-import matplotlib
 import numpy as np
 import torch
 
 from raysubset.config import DataConfig, MinimizeConfig, ModelConfig, derive_seed
 from raysubset.data import Examples, FullSet, load_full_set
 from raysubset.models import build_model, num_parameters
+from raysubset.report.drawing import COLOURS, Chart, Plot
+from raysubset.report.parts import Page, Section, write_file
 from raysubset.training import Progress, evaluate, minimize
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 DATA_ROOT = os.environ.get("RAYSUBSET_DATA", str(Path(__file__).resolve().parents[2] / "shared" / "data"))
 SIZES = {"digits": 320, "mnist": 1000}  # examples of a subset
@@ -187,19 +186,14 @@ def tell(name: str, chosen: dict[str, dict[int, list[Curve]]]) -> None:
 
 def plot(all_chosen: dict[str, dict[str, dict[int, list[Curve]]]], path: str) -> None:
     """Both losses against passes: of the longest budget, a line a seed."""
-    figure, axes = plt.subplots(2, len(all_chosen), figsize=(6 * len(all_chosen), 8), squeeze=False)
-    for column, (name, chosen) in enumerate(all_chosen.items()):
-        for row, kind in enumerate(("training", "validation")):
-            axis = axes[row][column]
-            for number, (optimizer, by_budget) in enumerate(chosen.items()):
-                for curve in by_budget[max(by_budget)]:
-                    values = [getattr(p, kind) for p in curve.points]
-                    label = optimizer if curve.seed == 0 else None
-                    axis.plot([p.passes for p in curve.points], values, color=f"C{number}", lw=1, label=label)
-            axis.set(yscale="log", xlabel="passes over the subset", ylabel=f"{kind} loss", title=name)
-        axes[0][column].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    plots = []
+    for name, chosen in all_chosen.items():
+        charts = {kind: Chart("passes", f"{kind} loss", title=name, log="y") for kind in ("training", "validation")}
+        for colour, (optimizer, by_budget) in zip(COLOURS, chosen.items(), strict=False):
+            for kind, curve in product(charts, by_budget[max(by_budget)]):
+                charts[kind].line([(p.passes, getattr(p, kind)) for p in curve.points], colour, optimizer, width=1)
+        plots.append(Plot("Loss against passes over the subset, a line a seed.", tuple(charts.values())))
+    write_file(Page("Second-order optimizers", (), [Section("Losses", plots=tuple(plots))]), path)
 
 
 def main() -> None:
@@ -207,7 +201,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=sorted(SIZES), default=["digits"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--root", default=DATA_ROOT, help="torchvision's files of mnist")
-    parser.add_argument("--plot", default="second_order.png")
+    parser.add_argument("--plot", default="second_order.html")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     all_chosen = {}

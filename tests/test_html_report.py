@@ -281,7 +281,7 @@ def test_the_same_record_gives_the_same_bytes(page: Path):
 
 
 def test_columns_of_numbers_alone_are_flush_right():
-    rows = (("a", "1.50", "3 of the least", "–"), ("b", "-2,000", "4", "+0.1 ± 0.2"))
+    rows = (("a", "1.50", "3 of the least", "–"), ("b", "-2,000", "4", "+0.1 ± 0.2"), ("c", "not finite", "", ""))
     assert Section("", ("", "", "", ""), rows).numeric == {1, 3}
 
 
@@ -436,11 +436,11 @@ def test_a_lost_attempt_is_told_with_how_its_work_ended(tmp_path: Path):
     works = Ledger(a_directory(tmp_path)).read()
     section = troubles({"": works})
     assert section is not None
-    row = ("subsets, subset 0", "1", "1", "node-a", "lost", "2.0", "done", "gone")
+    row = ("subsets", "0", "1", "1", "node-a", "lost", "2.0", "done", "gone")
     assert section.rows == (row,)
     section = troubles({"a-leg": works[:1], "another": works[1:]})  # whose attempts did not take its place
     assert section is not None
-    assert section.rows == (("a-leg", *row[:6], "lost", "gone"),)
+    assert section.rows == (("a-leg", *row[:7], "lost", "gone"),)
 
 
 def test_the_ends_of_the_line_are_the_two_minima_and_it_is_measured_once(tmp_path: Path):

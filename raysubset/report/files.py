@@ -31,12 +31,8 @@ def write_files(path: str) -> str:
         ValueError: for the reasons of read_report().
     """
     directory, record = RunDirectory.at(path), read_report(path)
-    if "kind" not in record:
-        _write_for_tools(directory, record)
-    return write_page(directory, record)
-
-
-def _write_for_tools(directory: RunDirectory, record: Record) -> None:
+    if "kind" in record:
+        return write_page(directory, record)
     quality = quality_of(record).name
     rows = list(_rows(record, quality))
     text = io.StringIO()
@@ -48,6 +44,7 @@ def _write_for_tools(directory: RunDirectory, record: Record) -> None:
     # The name is the same at every call; TensorBoard reads any name that begins like this
     name = f"events.out.tfevents.{int(started_at)}.raysubset"
     directory.write_bytes(name, _events(record, rows, started_at, quality))
+    return write_page(directory, record)
 
 
 def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,7 @@ from typing import Any
 from raysubset.events import Note
 from raysubset.report.drawing import Plot
 
-_NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b.*|[-–…]?|not finite")
-_TEXT = re.compile(r"[A-Za-z]{4,}")
+_NUMBER = re.compile(r"[-+±–…]?\d[\d.,]*\b((?![A-Za-z]{4}).)*|[-–…]?|not finite")  # words are at most of three letters
 _NARROW, _FEW_COLUMNS = 78, 6  # characters of a row, and columns, that fit on half a page
 
 
@@ -52,7 +51,7 @@ class Section:
     def numeric(self) -> frozenset[int]:
         """Return the columns that hold only numbers, and so are aligned right."""
         columns = enumerate(zip(*self.rows, strict=True))
-        return frozenset(number for number, cells in columns if number and all(map(_is_number, cells)))
+        return frozenset(number for number, cells in columns if number and all(map(_NUMBER.fullmatch, cells)))
 
     @property
     def is_wide(self) -> bool:
@@ -85,10 +84,6 @@ def table(
 def drawn(*plots: Plot | None) -> tuple[Plot, ...]:
     """Return the plots that are not None: those that have enough to show."""
     return tuple(plot for plot in plots if plot is not None)
-
-
-def _is_number(cell: str) -> bool:
-    return _NUMBER.fullmatch(cell.strip()) is not None and not _TEXT.search(cell)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,10 @@ _LEAST_SIDE = 56  # pixels of an example on the page, which enlarges it by a who
 _MOST_OUTPUTS = 6  # of a regression that are drawn
 _MOST_POINTS = 1000  # for each of them
 _MOST_WORST = 10
+_RGB = [[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in COLOURS]
+# uint8 [256, 3]: black for class 0, a colour for each other, grey for ignored values (-1, -100, 255)
+_MASK_COLOURS = np.concatenate([np.zeros((1, 3), np.uint8), np.resize(np.array(_RGB, np.uint8), (255, 3))])
+_MASK_COLOURS[[255, 256 - 100]] = 128
 
 
 def prediction_sections(directory: RunDirectory) -> Iterator[Section]:
@@ -150,17 +154,6 @@ def masks(mistakes: pa.Table, image_shape: Sequence[int]) -> list[Picture]:
         pixels = np.concatenate([image, gap, truth, gap, guess], axis=1)
         mistaken.append(_picture(pixels, f"{np.mean(mask != predicted):.1%} of its pixels differ", num_parts=3))
     return mistaken
-
-
-def _mask_colours() -> np.ndarray:
-    """Return uint8 [256, 3]: black for class 0, a colour for each other, grey for ignored values (-1, -100, 255)."""
-    colours = np.array([[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in COLOURS], np.uint8)
-    table = np.concatenate([np.zeros((1, 3), np.uint8), np.resize(colours, (255, 3))])
-    table[[255, 256 - 100]] = 128
-    return table
-
-
-_MASK_COLOURS = _mask_colours()
 
 
 def _picture(pixels: np.ndarray, text: str, *, num_parts: int = 1) -> Picture:

@@ -132,7 +132,8 @@ def troubles(ledgers: Mapping[str, Sequence[Work]], *, of: str = "leg") -> Secti
         return None
     columns = (
         *(((of, lambda item: item[0]),) if lost[0][0] else ()),
-        ("work", lambda item: item[1].stage.replace("_", " ") + _subset(item[1])),
+        ("work", lambda item: item[1].stage.replace("_", " ")),
+        ("subset", lambda item: "" if item[1].subset is None else f"{item[1].subset}"),
         ("round", lambda item: f"{item[1].round + 1}"),
         ("attempt", lambda item: f"{item[1].attempt + 1}"),
         ("node", lambda item: item[1].node),
@@ -143,10 +144,6 @@ def troubles(ledgers: Mapping[str, Sequence[Work]], *, of: str = "leg") -> Secti
     )
     lines = [f"The first {_MOST_TROUBLES} of {len(lost)}."] if len(lost) > _MOST_TROUBLES else []
     return table("Lost and failed attempts", lost[:_MOST_TROUBLES], columns, lines)
-
-
-def _subset(work: Work) -> str:
-    return "" if work.subset is None else f", subset {work.subset}"
 
 
 def work_in_words(works: Sequence[Work], *, of: str = "") -> Iterator[str]:

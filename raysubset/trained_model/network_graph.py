@@ -121,23 +121,18 @@ def _record(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]
             constants[name] = constant.detach().clone()
         tensors.append({"name": name, "parameter": spec.kind is InputKind.PARAMETER})
         numbers[node] = len(tensors)
-    calls = []
+    calls, names = [], {function: name for name, function in _ON_SIZES.items()}
     for node in traced.nodes:
         if node.op != "call_function" or (not node.users and "assert" in str(node.target)):
             continue
         numbers[node] = len(tensors) + len(calls) + 1
         arguments = {key: _encode(value, numbers) for key, value in node.kwargs.items()}
-        calls.append([_name_of(node.target), [_encode(value, numbers) for value in node.args], arguments])
+        if (name := names.get(node.target)) is None:
+            name = str(node.target)
+            _operator(name)  # refuses what a graph may not call
+        calls.append([name, [_encode(value, numbers) for value in node.args], arguments])
     (outputs,) = traced.output_node().args[0]  # pyright: ignore[reportGeneralTypeIssues]
     return {"format": _FORMAT, "tensors": tensors, "calls": calls, "outputs": numbers[outputs]}, constants
-
-
-def _name_of(target: Any) -> str:
-    for name, function in _ON_SIZES.items():
-        if target is function:
-            return name
-    _operator(str(target))
-    return str(target)
 
 
 def _encode(value: Any, numbers: Mapping[fx.Node, int]) -> Any:
