@@ -94,7 +94,7 @@ def test_stages_that_are_done_ask_for_nothing_and_fewer_workers_are_enough_where
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1", "127.0.0.1:99999", "ray://127.0.0.1:1"])
 def test_a_wrong_address_leaves_nothing(tmp_path: Path, begin: Callable[[Config], Any], address: str) -> None:
     config = Config(storage_path=str(tmp_path)).with_overrides({"cluster.address": address})
-    with pytest.raises(ValueError, match=rf"no Ray cluster answers at {address} .* leave cluster.address out"):
+    with pytest.raises(ValueError, match=rf"no Ray cluster answers at {address}, .* Without cluster.address a new one"):
         begin(config)
     assert not list(tmp_path.iterdir())
 
@@ -102,7 +102,7 @@ def test_a_wrong_address_leaves_nothing(tmp_path: Path, begin: Callable[[Config]
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
 def test_a_stale_address_is_said_to_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    told = rf"answers at {address}, which RAY_ADDRESS in the environment names .* unset RAY_ADDRESS"
+    told = rf"answers at {address}, which RAY_ADDRESS in the environment names .* Without RAY_ADDRESS in"
     with pytest.raises(ValueError, match=told), reached(ClusterConfig()):
         pass
 

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from raysubset.comparison.statistics import (
+    Interval,
     SpeedUp,
     cheapest_within_error,
     paired_difference,
@@ -16,7 +17,7 @@ from raysubset.comparison.statistics import (
     speed_up,
     t_interval,
 )
-from raysubset.comparison.verdict import CheapPoint, Verdict, judge
+from raysubset.comparison.verdict import Verdict, judge
 from raysubset.quality import ACCURACY
 
 judge = partial(judge, quality=ACCURACY)
@@ -127,7 +128,7 @@ def test_the_conventional_budget_is_the_cheapest_within_one_standard_error_of_th
         cheapest_within_error({1.0: [math.nan]})
 
 
-def planted(cost: float = 1.0, shift: float = 0.0, seeds: range = SEEDS) -> tuple[SpeedUp, list[CheapPoint]]:
+def planted(cost: float = 1.0, shift: float = 0.0, seeds: range = SEEDS) -> tuple[SpeedUp, list[tuple[str, Interval]]]:
     """The speed-up of an arm at the quality of a conventional run of 8 passes, and its points at 0.8 and less."""
     rng = np.random.default_rng(2)
     base = {seed: curve(noise=rng.normal(0, 1e-3)) for seed in seeds}
@@ -136,7 +137,7 @@ def planted(cost: float = 1.0, shift: float = 0.0, seeds: range = SEEDS) -> tupl
     reference = {seed: dict(base[seed])[8.0] for seed in seeds}
     difference = paired_difference({seed: dict(arm[seed])[0.5] for seed in seeds}, reference)
     assert difference is not None
-    return speed_up(base, arm, target), [CheapPoint("G", difference)]
+    return speed_up(base, arm, target), [("G", difference)]
 
 
 def verdict(cost: float = 1.0, shift: float = 0.0, seeds: range = SEEDS) -> Verdict:
@@ -163,7 +164,7 @@ def test_an_arm_that_is_as_good_at_a_tenth_as_a_baseline_that_needs_no_more_is_v
     difference = paired_difference(dict.fromkeys(SEEDS, 0.949), dict.fromkeys(SEEDS, 0.95))
     assert difference is not None
     found = speed_up(base, arm, 0.9495)  # needs 0.99 passes against 0.71
-    cheap = [CheapPoint("D", difference)]
+    cheap = [("D", difference)]
     judged = judge(cheap, {"D": found}, conventional_passes=8, margin=0.005, num_seeds=5)
     assert judged.word == "vacuous"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
-from raysubset.subset_actors.cards import PROCESS_BYTES, memory_warning
+from raysubset.subset_actors.crew import PROCESS_BYTES, memory_warning
 from raysubset.tasks import Spec
 from raysubset.training import forward_share, minimizing_bytes
 from tests.tiny import linear, same_bits, weights
@@ -115,9 +115,10 @@ def test_actors_that_fit_on_their_card_are_not_warned_of():
 def test_the_warning_has_the_figures_and_the_way_out():
     warning = memory_warning(5_500_000_000, 16_000_000_000, num_gpus=0.25, most_actors=8)
     assert warning is not None
-    assert "4 actors of 0.25 GPU each take an estimated 24.00 GB of a card's 16.00 GB" in warning
-    assert "larger actors.num_gpus, a smaller minimize.batch_size or smaller subsets" in warning
+    assert "4 actor(s) of 0.25 GPU need an estimated 24.00 GB of a card's 16.00 GB" in warning
+    assert (
+        "a smaller minimize.batch_size, smaller subsets, or if several share a card a larger actors.num_gpus" in warning
+    )
     alone = memory_warning(5_500_000_000, 2_000_000_000, num_gpus=1.0, most_actors=8)
     assert alone is not None
-    assert alone.startswith("1 actor takes an estimated 6.00 GB of a card's 2.00 GB")
-    assert "actors.num_gpus" not in alone
+    assert alone.startswith("1 actor(s) of 1 GPU need an estimated 6.00 GB of a card's 2.00 GB")

@@ -17,7 +17,6 @@ from raysubset.cluster.resources import (
     WAIT_NOTICE_S,
     NodeType,
     address_of,
-    autoscaler_activity,
     describe,
     draining_nodes,
     free_resources,

@@ -95,13 +95,11 @@ def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterat
                 use_token_of(gcs_address)
             stack.enter_context(_connection(address, head_s=HEAD_S))
         except ConnectionError as error:
-            origin, way_out = "", "leave cluster.address out"
-            if config.address is None:
-                origin, way_out = ", which RAY_ADDRESS in the environment names", "unset RAY_ADDRESS"
+            origin = "cluster.address" if config.address else "RAY_ADDRESS in the environment"
             raise ValueError(
-                f"no Ray cluster answers at {shown_address}{origin} ({first_line(error)}). Is it up, and is that the "
-                "head's host and `ray start --port` (6379 by default), not its dashboard's? For a new one on this "
-                f"machine {way_out}"
+                f"no Ray cluster answers at {shown_address}, which {origin} names ({first_line(error)}). Is it up, and "
+                "is that the head's host and `ray start --port` (6379 by default), not its dashboard's? Without "
+                f"{origin} a new one starts on this machine"
             ) from error
         yield
 

@@ -107,7 +107,7 @@ def _may_start_unknown_nodes() -> bool:
     return ray.is_initialized() and not _published_groups() and _autoscaling_state().autoscaler_state_version > 0
 
 
-def autoscaler_activity() -> str:
+def _autoscaler_activity() -> str:
     """Return ', the autoscaler is starting 2 gpu.spot', or what it failed to start; else ''."""
     state = _autoscaling_state()
     starting: dict[str, int] = {}
@@ -223,7 +223,8 @@ def describe(resources: Mapping[str, float]) -> str:
     return " + ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "nothing"
 
 
-def free_resources(names: Mapping[str, float]) -> str:
-    """Return how much of the named resources is free now, in words."""
+def free_resources(request: Mapping[str, float]) -> str:
+    """Return 'free are 0 of 4 CPU, the autoscaler is starting 2 gpu.spot': what there is for a request that waits."""
     free, all_ = ray.available_resources(), ray.cluster_resources()
-    return " + ".join(f"{free.get(k, 0):g} of {all_.get(k, 0):g} {k}" for k, amount in names.items() if amount)
+    words = (f"{free.get(k, 0):g} of {all_.get(k, 0):g} {k}" for k, amount in request.items() if amount)
+    return f"free are {' + '.join(words)}{_autoscaler_activity()}"

@@ -1,7 +1,7 @@
 """Values in the object store, and tasks: where they run, what they report while they wait, and how they are stopped."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from raysubset.cluster.resources import WAIT_NOTICE_S, autoscaler_activity, describe, free_resources, refuse_unplaceable
+from raysubset.cluster.resources import WAIT_NOTICE_S, describe, free_resources, refuse_unplaceable
 from raysubset.errors import note_place
 from raysubset.events import OnEvent, Waiting
 from raysubset.user_code.given import held_objects, hold
@@ -72,48 +72,40 @@ def call_on_cluster(
 ) -> Any:
     """Call function(value, *arguments) in a task with these resources, which reads the value from the object store.
 
-    The task runs on the node of that id, or on any. While it waits for a place, `tell` gets a message every
-    WAIT_NOTICE_S. If its process or node dies Ray runs it again, three times at most; a task for a node that has gone
-    fails. If the driver ends, so does the task.
+    The task runs on the node of that id, or on any. Until it ends, `tell` gets a message every WAIT_NOTICE_S. If its
+    process or node dies Ray runs it again, three times at most; a task for a node that has gone fails. If the driver
+    ends, so does the task.
 
     Raises:
         ValueError: if it can never be placed.
         TimeoutError: if it has not ended after timeout_s. It is cancelled.
     """
-
     place: Any = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else OUTSIDE_GROUPS
 
     @ray.remote(
         num_cpus=request.get("CPU", 0),
         num_gpus=request.get("GPU", 0),
-        num_returns="streaming",
         max_retries=3,
         max_calls=1,
         scheduling_strategy=place,
     )
-    def call(workplace: Workplace, value_ref: Sequence[ray.ObjectRef], *arguments: Any) -> Iterator[Any]:
+    def call(workplace: Workplace, value_ref: Sequence[ray.ObjectRef], *arguments: Any) -> Any:
         workplace.enter()
-        yield None  # the task has a place
         try:
-            result = function(ray.get(value_ref[0]), *arguments)
+            return function(ray.get(value_ref[0]), *arguments)
         except Exception as error:
             note_place(error)
             raise
-        yield result
 
     refuse_unplaceable(request, "measuring tasks")
-    result_refs: Any = call.remote(workplace(), value_ref, *arguments)
-    task, result, ends_at = f"a task of {describe(request)}", None, time.monotonic() + timeout_s
+    result_ref: Any = call.remote(workplace(), value_ref, *arguments)
+    task, ends_at = f"a task of {describe(request)}", time.monotonic() + timeout_s
     try:
-        for has_place in (False, True):
-            while not ray.wait([result_refs], timeout=max(0.0, min(WAIT_NOTICE_S, ends_at - time.monotonic())))[0]:
-                if time.monotonic() >= ends_at:
-                    raise TimeoutError(f"{task} did not end in {timeout_s:g} s: the cluster is busy")
-                if not has_place:
-                    free = f"free are {free_resources(request)}{autoscaler_activity()}"
-                    tell(Waiting(f"{task} waits for a place; {free}"))
-            result = ray.get(next(result_refs))
+        while not ray.wait([result_ref], timeout=max(0.0, min(WAIT_NOTICE_S, ends_at - time.monotonic())))[0]:
+            if time.monotonic() >= ends_at:
+                raise TimeoutError(f"{task} did not end in {timeout_s:g} s: the cluster is busy")
+            tell(Waiting(f"{task} waits for a place, or works; {free_resources(request)}"))
+        return ray.get(result_ref)
     except BaseException:
-        ray.cancel(result_refs, force=True)
+        ray.cancel(result_ref, force=True)
         raise
-    return result

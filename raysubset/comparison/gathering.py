@@ -5,6 +5,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import TypeVar, get_args
 
 from raysubset.comparison.arms import Arm, Settings
@@ -27,7 +28,7 @@ from raysubset.comparison.statistics import (
     speed_up,
     t_interval,
 )
-from raysubset.comparison.verdict import TENTH, CheapPoint, Verdict, judge
+from raysubset.comparison.verdict import TENTH, Verdict, judge
 from raysubset.data import FullSet, StreamedSplit
 from raysubset.legs import Leg, closure, critical_path
 from raysubset.pipeline.run_report import data_record, task_record
@@ -67,14 +68,14 @@ def gather(
     target = statistics.fmean(reference.values()) - margin
     if not math.isfinite(target):
         raise ValueError(f"the conventional run of {budget:g} passes has no finite {quality.name} on test data")
-    gains: list[tuple[str, Record, Interval]] = []  # candidates, their points, and the gains there
+    gains: list[tuple[str, Interval, Record]] = []  # of candidates at their points, and the means there
     for arm in arms:
         for point in arm["points"]:
             gain = paired_difference(_gains(point["runs"], quality), reference)
             point["difference"] = None if gain is None else dataclasses.asdict(_turned(gain, quality))
             point["is_non_inferior"] = None if gain is None else gain.low > -margin
             if gain is not None and arm["role"] == "candidate":
-                gains.append((arm["key"], point, gain))
+                gains.append((arm["key"], gain, point["mean"]))
     speed_ups, verdicts = dict[str, dict[str, SpeedUp]](), dict[str, Verdict]()
     for clock, field in CLOCKS.items():
 
@@ -86,7 +87,7 @@ def gather(
         speed_ups[clock] = {key: speed_up(base, curve, target) for key, curve in curves.items() if curve}
         candidates = {arm["key"] for arm in arms if arm["role"] == "candidate"}
         verdicts[clock] = judge(
-            [CheapPoint(key, gain) for key, point, gain in gains if point["mean"][field] <= TENTH * passes],
+            [(key, gain) for key, gain, mean in gains if mean[field] <= TENTH * passes],
             {key: of_arm for key, of_arm in speed_ups[clock].items() if key in candidates},
             conventional_passes=passes,
             margin=margin,
@@ -169,12 +170,7 @@ class Legs:
 
     def __init__(self, full_set: FullSet, plan: Plan, failed: Mapping[Leg, str]) -> None:
         self._full_set, self._num_train, self._plan, self.failed = full_set, len(full_set.train), plan, failed
-        self._works: dict[str, list[Work]] = {}
-
-    def works(self, leg: Leg) -> list[Work]:
-        if leg.key not in self._works:
-            self._works[leg.key] = leg.works()
-        return self._works[leg.key]
+        self.works: Callable[[Leg], list[Work]] = cache(lambda leg: leg.works())
 
     def passes(self, leg: Leg) -> float:
         """Return the passes of one leg, with every attempt and evaluation."""

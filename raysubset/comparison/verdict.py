@@ -17,14 +17,6 @@ Word = Literal["confirmed", "vacuous", "refuted", "inconclusive"]
 
 
 @dataclass(frozen=True)
-class CheapPoint:
-    """One arm at one budget of no more than a tenth of the conventional cost."""
-
-    arm: str
-    gain: Interval  # arm's test quality minus the conventional run's, paired by seed, so that more is better
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The verdict on the claim, on one clock."""
 
@@ -36,7 +28,7 @@ class Verdict:
 
 
 def judge(
-    cheap: Sequence[CheapPoint],
+    cheap: Sequence[tuple[str, Interval]],
     speed_ups: Mapping[str, SpeedUp],
     *,
     conventional_passes: float,
@@ -53,7 +45,8 @@ def judge(
     4. Otherwise inconclusive.
 
     Args:
-        cheap: arms of subset pretraining at budgets of no more than a tenth of the conventional cost.
+        cheap: arms of subset pretraining at budgets of no more than a tenth of the conventional cost, each with its
+            gain: test quality minus the conventional run's, paired by seed, so that more is better.
         speed_ups: of the arms of subset pretraining that finished with any seed. A seed that failed has S = 0.
         conventional_passes: C_conv, of the cheapest conventional run within one standard error of the best.
         margin: of non-inferiority, in the quality's units.
@@ -67,11 +60,11 @@ def judge(
     best = max(speed_ups, key=lambda arm: (speed_ups[arm].interval.estimate, speed_ups[arm].interval.high, arm))
     limit = f"{TENTH:g} of the conventional cost ({TENTH * conventional_passes:.3g} passes)"
     of_best = f"{best}'s speed-up is {describe_speed_up(speed_ups[best].interval)}"
-    good = {point.arm for point in cheap if point.gain.low > -margin}
+    good = {arm for arm, gain in cheap if gain.low > -margin}
     claimants = [arm for arm in sorted(good & speed_ups.keys()) if speed_ups[arm].interval.low >= CLAIMED]
     arm, word = best, "inconclusive"
-    if cheap and all(point.gain.high < -margin for point in cheap):
-        names = ", ".join(sorted({point.arm for point in cheap}))
+    if cheap and all(gain.high < -margin for _, gain in cheap):
+        names = ", ".join(sorted({name for name, _ in cheap}))
         short = f"{names} fall short by more than {quality.show(margin)}"
         word, text = "refuted", f"no arm is as good at {limit}: {short}; {of_best}."
     elif all(speed_up.interval.high < VACUOUS_BELOW for speed_up in speed_ups.values()):

@@ -11,7 +11,6 @@ from raysubset.cluster import (
     ASK_FOR_LESS,
     WAIT_NOTICE_S,
     Process,
-    autoscaler_activity,
     describe,
     forget,
     free_resources,
@@ -118,4 +117,4 @@ class TrainLookout:
                 f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); the cluster has "
                 f"{offers(node_types())}. {ASK_FOR_LESS}, or run the same command when it has more"
             )
-        self._tell(Waiting(f"{waiting}; free are {free_resources(self._request)}{autoscaler_activity()}"))
+        self._tell(Waiting(f"{waiting}; {free_resources(self._request)}"))

@@ -7,8 +7,7 @@ An actor does one piece of work after another; the driver owns order, retries an
 pure function of the piece, so it does not matter which actor does it, when, or at which attempt.
 """
 
-from raysubset.subset_actors.cards import memory_warning
-from raysubset.subset_actors.crew import SubsetFailed
+from raysubset.subset_actors.crew import SubsetFailed, memory_warning
 from raysubset.subset_actors.minima import done_of, minimum_done
 from raysubset.subset_actors.packing import packing_decision, packing_note
 from raysubset.subset_actors.packs import Backlog, Pack, in_packs, name_of

@@ -12,7 +12,6 @@ from raysubset.cluster import (
     OUTSIDE_GROUPS,
     SYSTEM_ERRORS,
     WAIT_NOTICE_S,
-    autoscaler_activity,
     describe,
     free_resources,
     num_slots,
@@ -23,7 +22,6 @@ from raysubset.cluster import (
 from raysubset.events import Note, Waiting
 from raysubset.pulse import Watch
 from raysubset.subset_actors.actor import SubsetActor
-from raysubset.subset_actors.cards import memory_warning
 from raysubset.subset_actors.packs import Pack
 from raysubset.work import Report, Run
 
@@ -32,6 +30,7 @@ MOST_UNPLACED = 128  # actors requested at a time, until more than that are up: 
 START_S = 5.0  # that an actor takes to come up, beside the time it waits for a place
 MOST_START_S = 900.0  # an actor that has not come up is replaced: it may be stuck, or still wait for a place
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0  # the pause before a new attempt, doubled with each failure
+PROCESS_BYTES = 500_000_000  # about the size of a CUDA context and torch's libraries on a card, for each process
 
 
 class SubsetFailed(RuntimeError):
@@ -56,7 +55,6 @@ class Slot:
     report_requested_at: float = 0.0
     reports: Mapping[int, Report] = field(default_factory=dict)  # the last reports, by place in the pack
     watch: Watch = field(default_factory=lambda: Watch(math.inf))  # of its work
-    failures: set[str] = field(default_factory=set)  # kinds reported, of its work's progress reports
     is_leaving: bool = False  # it was told to write a checkpoint and stop
 
     @property
@@ -84,6 +82,29 @@ def pays(num_left: int, *, pack_s: float, num_up: int) -> bool:
             that turns out to be long waits for START_S at most.
     """
     return num_up == 0 or num_left * pack_s >= START_S * num_up
+
+
+def memory_warning(actor_bytes: int, card_bytes: int, *, num_gpus: float, most_actors: int) -> str | None:
+    """Return a warning, with figures and the way out, if a card's actors seem to need more memory than it has.
+
+    Args:
+        actor_bytes: of an actor's tensors (minimizing_bytes()).
+        card_bytes: of one card.
+        num_gpus: of an actor; several share a card if it is half or less.
+        most_actors: at a time, on the whole cluster.
+    """
+    num = min(int(1 / min(num_gpus, 1.0) + 1e-9), most_actors)
+    if num * (actor_bytes + PROCESS_BYTES) <= card_bytes:
+        return None
+    needed, there, tensors, own = (
+        f"{num_bytes / 1e9:.2f} GB"
+        for num_bytes in (num * (actor_bytes + PROCESS_BYTES), card_bytes, actor_bytes, PROCESS_BYTES)
+    )
+    return (
+        f"{num} actor(s) of {num_gpus:g} GPU need an estimated {needed} of a card's {there} ({tensors} of examples, "
+        f"weights and activations each, and {own} of CUDA's own): give a smaller minimize.batch_size, smaller subsets, "
+        "or if several share a card a larger actors.num_gpus"
+    )
 
 
 class Crew:
@@ -260,7 +281,7 @@ class Crew:
         num, request = len(self.unplaced), describe(self.request)
         waiting = f"{num} actors of {request} each wait" if num > 1 else f"an actor of {request} waits"
         waiting += " to start, or for a place"
-        free = f"free are {free_resources(self.request)}{autoscaler_activity()}"
+        free = free_resources(self.request)
         if (waited_s := now - self._idle_since) > self._config.cluster.wait_timeout_s:
             raise TimeoutError(f"{waiting}, for {waited_s:.0f} s now (cluster.wait_timeout_s); {free}")
         if num_up:

@@ -6,7 +6,6 @@ Ray Train jobs of several workers are pieces of work too. They take the whole cl
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self
 
@@ -186,7 +185,6 @@ class ActorPool:
                 return
             pack, waited_s = due
             slot.pack, slot.reports, slot.watch = pack, {}, Watch(self._config.actors.stall_s)
-            slot.failures = set()
             slot.submitted_at, slot.report_requested_at = time.time(), time.monotonic()
             slot.attempts = self._number_attempts(pack)
             given = None if pack.names_start else start_ref
@@ -300,31 +298,25 @@ class ActorPool:
             self._hear(slots[report_ref], report_ref)
 
     def _hear(self, slot: Slot, report_ref: ray.ObjectRef) -> None:
-        """Take in a report and pass it on.
+        """Take in a report and pass it on. An actor that was lost, or whose card fails, gives none.
 
-        A lost actor gives none, and the call for its work will say so. The same may be true of one whose card fails:
-        the error reaches whichever call comes first. Each kind of failure is reported once for a piece of work.
+        The call for its work will say so.
         """
         slot.report_ref = None
-        with suppress(*SYSTEM_ERRORS):
-            try:
-                pulse, slot.reports = ray.get(report_ref)
-            except RayTaskError as error:
-                if (kind := type(error.cause).__name__) not in slot.failures:
-                    slot.failures.add(kind)
-                    text = f"{slot.pack.label} on node {slot.ip} does not report its progress: {one_line(error)}"
-                    self._tell(Note(text, is_warning=True))
-                return
-            slot.watch.hear(pulse)
-            for place, report in slot.reports.items():
-                epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
-                losses = (report.loss, report.running_loss)
-                loss, running_loss = (number if math.isfinite(number) else None for number in losses)
-                loss_text = "" if running_loss is None else f", loss {running_loss:.4f}"
-                label = slot.pack.pieces[place].label
-                text = f"{label}: {epochs}{loss_text}, {report.examples_per_s:,.0f} examples/s"
-                numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s, running_loss)
-                self._tell(Progress(text, _attempt(slot, place), *numbers))
+        try:
+            pulse, slot.reports = ray.get(report_ref)
+        except (*SYSTEM_ERRORS, RayTaskError):
+            return
+        slot.watch.hear(pulse)
+        for place, report in slot.reports.items():
+            epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
+            losses = (report.loss, report.running_loss)
+            loss, running_loss = (number if math.isfinite(number) else None for number in losses)
+            loss_text = "" if running_loss is None else f", loss {running_loss:.4f}"
+            label = slot.pack.pieces[place].label
+            text = f"{label}: {epochs}{loss_text}, {report.examples_per_s:,.0f} examples/s"
+            numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s, running_loss)
+            self._tell(Progress(text, _attempt(slot, place), *numbers))
 
 
 def _outcomes(backlog: Backlog, piece: AnyPiece, result: Outcome) -> list[Done]:

@@ -128,7 +128,7 @@ def test_a_task_without_a_place_says_what_it_waits_for(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(tasks, "WAIT_NOTICE_S", 0.05)
     assert call_on_cluster(sum, put_once([1, 2]), request={"CPU": 4}, tell=make_room, timeout_s=60.0) == 3
-    assert told[1].startswith("a task of 4 CPU waits for a place; free are ")
+    assert told[1].startswith("a task of 4 CPU waits for a place, or works; free are ")
     assert told[1].endswith(" of 4 CPU")
 
 
