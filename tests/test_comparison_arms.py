@@ -206,19 +206,19 @@ WHOLE = ["--minimize.optimizer", "lbfgs", "--fine-tuning.epochs", "0", "--trunk.
         (["--learning-rates", "0"], "--learning-rates = 0.0 must be positive"),
         (["--arms", "B", "G:data.name=mnist"], "data.name is the same for all arms"),
         (["--arms", "B", "G:task.loss=squared_error"], "task.loss is the same for all arms"),
-        (["--actors.quorum", "3"], "which no other run repeats: leave out actors.quorum"),
-        (["--subsets.shares", "measured"], "which no other run repeats: leave out subsets.shares"),
+        (["--actors.quorum", "3"], "no other run repeats which minima come first: leave out actors.quorum"),
+        (["--subsets.shares", "measured"], "by the nodes there: leave out subsets.shares"),
         (
             ["--arms", "B", "G", "I", *WHOLE],
             "arm I: it is shared by several workers, and lbfgs takes all examples in one",
         ),
         (
             ["--arms", "B", "C", "G", *WHOLE],
-            "arm C: it sees a share of the examples in each epoch, and lbfgs takes all",
+            "arm C: minimize.epoch_fraction is for steps on batches, and lbfgs uses the whole subset",
         ),
         (
             ["--arms", "B", "G", *WHOLE, "--data.streamed"],
-            "arm B: it trains on the full set, which data.streamed does not",
+            "arm B: lbfgs needs all examples in memory, and data.streamed holds none",
         ),
     ],
 )

@@ -1,6 +1,6 @@
 """What a comparison may be asked for: arms that fit the config, numbers in range, and a margin of non-inferiority."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from raysubset.comparison.arms import ALL_ARMS, Arm, Settings, arm_config, parse_arm
 from raysubset.config import Config, check_number
@@ -87,7 +87,7 @@ def unparted_arms(arms: Sequence[Arm], task_name: str, *, are_usual: bool) -> tu
 
 
 def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> None:
-    """Refuse an arm that would ignore settings, or whose own settings contradict the config's.
+    """Refuse an arm that could not be repeated, would ignore settings, or whose own settings contradict the config's.
 
     Raises:
         ValueError: with the arm.
@@ -95,36 +95,25 @@ def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> 
     try:
         settings = config.with_overrides(dict(arm.overrides))
         refuse_fresh_weights(settings.with_overrides({"fine_tuning.start": arm.start}))
-        for flaw in _unused_settings(arm, settings):
-            raise ValueError(flaw)
+        for name in arm.overrides:
+            if name.partition(".")[0] in COMMON:
+                raise ValueError(f"{name} is the same for all arms: set it for the whole comparison")
+        loop = settings.minimize.whole_loop
+        if loop and arm.letter == "I":
+            text = f"it is shared by several workers, and {loop} takes all examples in one process"
+            raise ValueError(f"{text}: leave it out of --arms, or use sgd, adam or adamw")
+        if loop and settings.data.streamed and arm.letter not in OF_SUBSETS:
+            raise ValueError(
+                f"{loop} needs all examples in memory, and data.streamed holds none: use sgd, adam or adamw"
+            )
+        if arm.letter in OF_SUBSETS and settings.subsets.shares != "equal":
+            raise ValueError("no other run repeats sizes of subsets by the nodes there: leave out subsets.shares")
+        if arm.letter in OF_SUBSETS and settings.actors.quorum is not None:
+            raise ValueError("no other run repeats which minima come first: leave out actors.quorum")
         for rate in learning_rates:
             arm_config(arm, config, Settings(rate, config.minimize.batch_size), seed=config.seed, num_workers=1)
     except ValueError as error:
         raise ValueError(f"arm {arm.key}: {error}") from error
-
-
-def _unused_settings(arm: Arm, settings: Config) -> Iterator[str]:
-    """Yield why the arm would ignore settings of its config, each with the way out."""
-    for name in arm.overrides:
-        if name.partition(".")[0] in COMMON:
-            yield f"{name} is the same for all arms: set it for the whole comparison"
-    has_subsets = arm.letter in OF_SUBSETS
-    if loop := settings.minimize.whole_loop:
-        if arm.letter in "CI":
-            reason = (
-                "sees a share of the examples in each epoch" if arm.letter == "C" else "is shared by several workers"
-            )
-            text = f"it {reason}, and {loop} takes all examples in one process"
-            yield f"{text}: leave it out of --arms, or use sgd, adam or adamw"
-        if settings.data.streamed and not has_subsets:
-            text = (
-                f"it trains on the full set, which data.streamed does not hold, and {loop} has all examples in memory"
-            )
-            yield f"{text}: use sgd, adam or adamw, or leave --data.streamed out"
-    if has_subsets and settings.subsets.shares != "equal":
-        yield "its subset sizes would depend on the nodes there, which no other run repeats: leave out subsets.shares"
-    if has_subsets and settings.actors.quorum is not None:
-        yield "its minima would be those that come first, which no other run repeats: leave out actors.quorum"
 
 
 def checked_margin(margin: float | None, quality: Quality, data_name: str) -> float:

@@ -23,22 +23,20 @@ class ArmsStanding:
             budgets: by arm.
             tried: passes for which an arm's tuning will train.
         """
-        self._quality, self._num_seeds, self._tried, self._budgets = quality, num_seeds, tried, budgets
-        self._passes: defaultdict[str, dict[str, float]] = defaultdict(dict)  # by leg and arm
-        self._of_tuning: defaultdict[str, float] = defaultdict(float)  # more than `tried` where a grid grew
+        self._quality, self._num_seeds, self._budgets = quality, num_seeds, budgets
+        self._planned = {arm: num_seeds * sum(of_arm) + tried.get(arm, 0.0) for arm, of_arm in budgets.items()}
+        self._passes: defaultdict[str, dict[str, float]] = defaultdict(dict)  # of an arm's legs, by their keys
         self._finals: defaultdict[tuple[str, float], list[str]] = defaultdict(list)  # last legs by arm and budget
         self._settings: dict[str, str] = {}
         self._shares: dict[str, float] = {}  # how far legs are, by key
         self._values: dict[str, float] = {}  # of legs that are done; NaN if not finite or not measured
         self._found: set[str] = set()  # the legs that were already done
 
-    def expect(self, arm: str, legs: Iterable[Leg], num_train: int, budget: float = 0.0) -> None:
+    def expect(self, arm: str, legs: Iterable[Leg], num_train: int, budget: float | None = None) -> None:
         """Note an arm's last legs to come, at a budget; without a budget they are for its tuning."""
         for last in legs:
-            for leg in closure(last):
-                self._passes[leg.key][arm] = leg.passes(num_train)
-                self._of_tuning[arm] += 0.0 if budget else leg.passes(num_train)
-            if budget:
+            self._passes[arm] |= {leg.key: leg.passes(num_train) for leg in closure(last)}
+            if budget is not None:
                 self._finals[arm, budget].append(last.key)
 
     def note_settings(self, arm: str, text: str) -> None:
@@ -59,30 +57,23 @@ class ArmsStanding:
 
     def event(self) -> Standing:
         """Return the current table."""
-        values = {
-            point: [self._values[key] for key in keys if key in self._values] for point, keys in self._finals.items()
-        }
-        means = {point: statistics.fmean(of_point) for point, of_point in values.items() if of_point}
         columns = sorted({budget for budgets in self._budgets.values() for budget in budgets})
-        best = self._best(means, columns)
-        passes: defaultdict[str, float] = defaultdict(float)
-        for key, share in self._shares.items():
-            for arm, of_arm in self._passes[key].items():
-                passes[arm] += share * of_arm
-        rows = []
+        best, text = self._best(columns)
+        rows, num, every = list[Row](), 0, self._num_seeds * sum(map(len, self._budgets.values()))
         for arm, budgets in self._budgets.items():
-            planned = self._num_seeds * sum(budgets) + max(self._tried.get(arm, 0.0), self._of_tuning[arm])
-            num = sum(len(values.get((arm, budget), ())) for budget in budgets)
-            state = "done" if num == self._num_seeds * len(budgets) else "at work" if passes[arm] else "waiting"
-            cells = (self._settings.get(arm, ""), *(self._cell(values.get((arm, budget), ())) for budget in columns))
-            rows.append(Row(arm, cells, state, min(passes[arm], planned), planned, is_best=arm == best))
-        num, every = sum(map(len, values.values())), self._num_seeds * sum(map(len, self._budgets.values()))
-        text = f"{num} of {every} results"
-        if best is not None:
-            at = max(budget for arm, budget in means if arm == best)
-            text += f"; best so far {best}, {self._quality.phrase(means[best, at])} on validation data at {at:g} passes"
-        found = sum(sum(self._passes[key].values()) for key in self._found)
-        return Standing(text, ("learning rate", *(f"{budget:g} passes" for budget in columns)), tuple(rows), found)
+            passes = sum(self._shares.get(key, 0.0) * of_leg for key, of_leg in self._passes[arm].items())
+            planned = max(self._planned[arm], sum(self._passes[arm].values()))  # a grid may have grown
+            num_done = sum(len(self._results(arm, budget)) for budget in budgets)
+            state = "done" if num_done == self._num_seeds * len(budgets) else "at work" if passes else "waiting"
+            cells = (self._settings.get(arm, ""), *(self._cell(self._results(arm, budget)) for budget in columns))
+            rows.append(Row(arm, cells, state, passes, planned, is_best=arm == best))
+            num += num_done
+        found = sum(of_arm.get(key, 0.0) for of_arm in self._passes.values() for key in self._found)
+        headings = ("learning rate", *(f"{budget:g} passes" for budget in columns))
+        return Standing(f"{num} of {every} results{text}", headings, tuple(rows), found)
+
+    def _results(self, arm: str, budget: float) -> list[float]:
+        return [self._values[key] for key in self._finals[arm, budget] if key in self._values]
 
     def _cell(self, values: Sequence[float]) -> str:
         """Return the mean over seeds. If some seeds are missing, add how many there are."""
@@ -91,10 +82,13 @@ class ArmsStanding:
         suffix = f" ({len(values)}/{self._num_seeds})" if len(values) < self._num_seeds else ""
         return f"{self._quality.cell(statistics.fmean(values))}{suffix}"
 
-    def _best(self, means: Mapping[tuple[str, float], float], budgets: Sequence[float]) -> str | None:
-        """Return the best arm at the largest budget at which several arms have results."""
+    def _best(self, budgets: Sequence[float]) -> tuple[str | None, str]:
+        """Return the best arm at the largest budget at which several arms have results, and say so."""
         for budget in reversed(budgets):
-            arm_means = {arm: mean for (arm, at), mean in means.items() if at == budget and math.isfinite(mean)}
-            if len(arm_means) > 1:
-                return max(arm_means, key=lambda arm: self._quality.gain(arm_means[arm]))
-        return None
+            means = {arm: statistics.fmean(self._results(arm, budget) or [math.nan]) for arm in self._budgets}
+            means = {arm: mean for arm, mean in means.items() if math.isfinite(mean)}
+            if len(means) > 1:
+                best = max(means, key=lambda arm: self._quality.gain(means[arm]))
+                quality = self._quality.phrase(means[best])
+                return best, f"; best so far {best}, {quality} on validation data at {budget:g} passes"
+        return None, ""
