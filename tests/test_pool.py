@@ -309,7 +309,7 @@ def test_an_actor_that_stands_still_is_told_of_and_killed_and_its_piece_goes_on_
     told = r"subset 0 on node 10\.0\.0\.0 stands still: no step for \d+ s; it is killed in 0 s unless"
     assert re.match(told, warning)
     (retry,) = [event.text for event in events if isinstance(event, Retry)]
-    assert "StalledError: no step for" in retry
+    assert "TimeoutError: no step for" in retry
     assert [work.outcome for work in Ledger(run.directory).read()] == ["lost"]
     assert len(ray.asked) == 2
 

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import ray
 
@@ -116,7 +115,7 @@ def _connection(address: str, *, head_s: float) -> Iterator[None]:
     watch_head()."""
     start_s, stop = time.perf_counter(), threading.Event()
     try:
-        _init(address=address, log_to_driver=False, logging_level="warning")
+        _init(address)
         log.info("connected to Ray in %.1f s", time.perf_counter() - start_s)
         if "://" not in address:
             context = ray.get_runtime_context()
@@ -130,7 +129,7 @@ def _connection(address: str, *, head_s: float) -> Iterator[None]:
         ray.shutdown()
 
 
-def _init(**options: Any) -> None:
+def _init(address: str) -> None:
     """Call ray.init() but keep the caller's handler of SIGTERM: with Ray's own, a stopped job just ends, with a stack.
 
     Raises:
@@ -138,7 +137,7 @@ def _init(**options: Any) -> None:
     """
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**options)
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
     except SystemExit as stopped:
         raise KeyboardInterrupt from stopped
     finally:

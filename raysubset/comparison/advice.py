@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raysubset.comparison.network import Communication, all_reduce_bytes, critical_bytes, wall_times
+from raysubset.comparison.network import Communication, all_reduce_bytes, critical_bytes
 from raysubset.comparison.sizes import Sizes
 from raysubset.config import Config
 from raysubset.planning import Plan
@@ -28,7 +28,7 @@ class Advice:
     def to_dict(self) -> dict[str, Any]:
         """Return everything, with what follows in words."""
         forecasts = [
-            {"name": name, **asdict(way), "wall_s": wall_times(way, s_per_pass=self.s_per_pass)}
+            {"name": name, **asdict(way), "wall_s": way.wall_times(s_per_pass=self.s_per_pass)}
             for name, way in self.ways.items()
         ]
         return asdict(self) | {"forecasts": forecasts, "lines": list(advice_lines(self))}

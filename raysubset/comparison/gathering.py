@@ -9,14 +9,7 @@ from functools import cache
 from typing import TypeVar, get_args
 
 from raysubset.comparison.arms import Arm, Settings
-from raysubset.comparison.network import (
-    BANDWIDTHS,
-    Communication,
-    Exchange,
-    all_reduce_bytes,
-    critical_bytes,
-    wall_times,
-)
+from raysubset.comparison.network import BANDWIDTHS, Communication, Exchange, all_reduce_bytes, critical_bytes
 from raysubset.comparison.records import Record
 from raysubset.comparison.regime import Curves, Way, regime_at, regime_text, way_of
 from raysubset.comparison.running import Comparison, Finals, flat
@@ -361,7 +354,7 @@ def _network(
             leg = next(leg for leg in by_seed.values() if leg not in legs.failed)
             num_bytes, num_exchanges = _sent(leg, legs, plan)
             communication = Communication(mean["critical_path_passes"], num_bytes, num_exchanges)
-            wall_s = wall_times(communication, s_per_pass=s_per_pass, bandwidths=bandwidths)
+            wall_s = communication.wall_times(s_per_pass=s_per_pass, bandwidths=bandwidths)
             row = {"arm": arm["key"], "budget": point["budget"], test: mean[test], "wall_s": wall_s}
             rows.append({**row, "num_bytes": num_bytes, "num_exchanges": num_exchanges})
     return {

@@ -70,9 +70,6 @@ class Communication:
         """
         return self.passes * s_per_pass + self.num_bytes * 8 / (gbit_per_s * 1e9)
 
-
-def wall_times(
-    communication: Communication, *, s_per_pass: float, bandwidths: Sequence[float] = BANDWIDTHS
-) -> dict[str, float]:
-    """Return wall seconds by bandwidth in Gbit/s."""
-    return {f"{speed:g}": communication.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths}
+    def wall_times(self, *, s_per_pass: float, bandwidths: Sequence[float] = BANDWIDTHS) -> dict[str, float]:
+        """Return wall seconds by bandwidth in Gbit/s."""
+        return {f"{speed:g}": self.wall_s(speed, s_per_pass=s_per_pass) for speed in bandwidths}

@@ -100,17 +100,16 @@ class Comparison:
         return [LONG * max(self.budgets)] if arm.letter == "A" else self.budgets
 
     def refuse_unplaceable(self) -> None:
-        """Stop before anything runs if an arm has data-parallel work left that the cluster can never place.
-
-        An arm has none left if all legs of its tuning are done, and all legs with a setting of its grid.
+        """Stop before anything runs if the cluster can never place the workers of an arm that has not begun.
 
         Raises:
             ValueError: with the way out.
         """
         for arm in self.plans:
-            last = self.leg(arm, Settings(self.rates[0], self.sizes[0]), *self._tuning_point)
-            num_workers = max(leg.num_workers for leg in closure(last))
-            if num_workers > 1 and not any(self._has_all(arm, size) for size in self.sizes):
+            point = self._tuning_point if len(self.rates) > 1 else (self._budgets_of(arm)[0], self.seeds[0])
+            first_legs = [self.leg(arm, Settings(self.rates[0], size), *point) for size in self.sizes]
+            num_workers = max(leg.num_workers for leg in closure(*first_legs))
+            if num_workers > 1 and not any(leg.output.record() for leg in first_legs):
                 flag = "--num-workers" if arm.letter == "I" else "--fine-tuning.num-workers, --trunk.num-workers"
                 way_out = (
                     f"Give it fewer ({flag}), give a local cluster more logical CPUs (--cluster.num-cpus), leave "
@@ -118,13 +117,6 @@ class Comparison:
                 )
                 request = {"CPU": self.run.config.actors.num_cpus, "GPU": self.num_gpus}
                 refuse_unplaceable(request, f"workers of arm {arm.key}", num=num_workers, way_out=way_out)
-
-    def _has_all(self, arm: Arm, size: int) -> bool:
-        grid = [Settings(rate, size) for rate in self.rates]
-        tuning = [self.leg(arm, at, *self._tuning_point) for at in grid if len(grid) > 1]
-        return any(
-            all(leg.output.record(whole=True) for leg in (*tuning, *flat({arm: self._finals(arm, at)}))) for at in grid
-        )
 
     def tune(self) -> dict[str, Settings]:
         """Return each arm's settings of least validation loss at the middle budget; `tried` has all that was tried.

@@ -89,7 +89,6 @@ class WatchedTrainer(TorchTrainer):
 
     look: Callable[[Any], None]
     attempts: Attempts
-    every_s: float  # between two looks
     start_timeout_s: float  # for a group of workers to get places; after that the controller counts a failure
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -110,7 +109,7 @@ class WatchedTrainer(TorchTrainer):
             result: Any = None
             for method in (controller.run, controller.get_result):
                 result_ref = method.remote()
-                while not ray.wait([result_ref], timeout=self.every_s)[0]:
+                while not ray.wait([result_ref], timeout=LOOK_S)[0]:
                     self.look(controller)
                 result = ray.get(result_ref)
             ray.kill(controller)  # by itself it would end later, or never if one of its threads hangs
@@ -205,6 +204,6 @@ def _trainer(job: Job, *, least: int | None, pulses: str) -> WatchedTrainer:
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    trainer.every_s, trainer.start_timeout_s = LOOK_S, start_timeout_s
+    trainer.start_timeout_s = start_timeout_s
     trainer.attempts = Attempts(directory, stage, most=config.actors.max_attempts, most_starts=most_starts)
     return trainer

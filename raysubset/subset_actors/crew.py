@@ -131,7 +131,6 @@ class Crew:
         """
         self._run, self._config, self._num_gpus, self._tell = run, run.config, num_gpus, run.tell
         self._speed_of_node, self._preferred_nodes, self._actor_bytes = speed_of_node, preferred_nodes, actor_bytes
-        self._warned_nodes: set[str] = set()
         self.request = {"CPU": run.config.actors.num_cpus, "GPU": num_gpus}
         refuse_unplaceable(self.request, "subset actors")
         # The pool retries. Ray's own retries would be spent in the seconds before it notices that a node has died
@@ -219,14 +218,12 @@ class Crew:
         self._warn_of_memory(slot.place)
 
     def _warn_of_memory(self, place: Mapping[str, Any]) -> None:
-        """Warn once per node if the actors that may share one of its cards are unlikely to fit."""
-        if self._actor_bytes is None or place["card_bytes"] is None or place["node"] in self._warned_nodes:
+        """Warn once if the actors that may share one of a node's cards are unlikely to fit."""
+        if self._actor_bytes is None or place["card_bytes"] is None:
             return
-        warning = memory_warning(
-            self._actor_bytes, place["card_bytes"], num_gpus=self._num_gpus, most_actors=len(self.slots)
-        )
-        if warning:
-            self._warned_nodes.add(place["node"])
+        numbers = {"num_gpus": self._num_gpus, "most_actors": len(self.slots)}
+        if warning := memory_warning(self._actor_bytes, place["card_bytes"], **numbers):
+            self._actor_bytes = None
             self._tell(Note(f"node {place['ip']}: {warning}", is_warning=True))
 
     def release_stuck(self) -> None:

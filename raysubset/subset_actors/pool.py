@@ -35,10 +35,6 @@ Outcome = dict[str, Any] | Exception  # a record, or why the work failed for goo
 Done = tuple[AnyPiece, Outcome]
 
 
-class StalledError(RuntimeError):
-    """An actor made no progress for longer than actors.stall_s allows; the message says how long."""
-
-
 class ActorPool:
     """Actors that take pieces of work as they become free.
 
@@ -239,12 +235,12 @@ class ActorPool:
             self._crew.set_idle(slot)
         return outcomes
 
-    def _stall_error(self, slot: Slot) -> StalledError | None:
+    def _stall_error(self, slot: Slot) -> TimeoutError | None:
         """Return why to release an actor, or None: it still stalls after a warning and as long again."""
         watch = slot.watch
         match watch.look():
             case "lost":
-                return StalledError(f"{watch.in_words()}: it was killed (actors.stall_s)")
+                return TimeoutError(f"{watch.in_words()}: it was killed (actors.stall_s)")
             case "stalled":
                 text = f"{slot.pack.label} on node {slot.ip} stands still: {watch.in_words()}"
                 more = f"it is killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"

@@ -11,7 +11,7 @@ from ray import tune
 
 from raysubset.cluster import get_shared
 from raysubset.config import Config
-from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Note, Progress, Retry, Waiting
+from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Progress
 from raysubset.pipeline import run
 from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory
@@ -50,10 +50,10 @@ class Reports:
     compared. validation_loss is reported whenever something was validated: the trunk, the mean minimum so far, the
     aggregate, and each epoch of fine-tuning.
 
-    Reports of Ray Train's epochs are held back until the job has ended. A scheduler may answer a report by ending the
-    trial's process, and a job whose driver ends leaves its placement group behind, and with it the devices: Ray 2.60's
-    clean-up requests the dashboard, which a local cluster may lack. So a trial is stopped between epochs of its subsets
-    and before fine-tuning, never in a Ray Train job.
+    Reports of Ray Train's epochs are held back until other work reports, or the run has ended. A scheduler may answer a
+    report by ending the trial's process, and a job whose driver ends leaves its placement group behind, and with it the
+    devices: Ray 2.60's clean-up requests the dashboard, which a local cluster may lack. So a trial is stopped between
+    epochs of its subsets and before fine-tuning, never in a Ray Train job.
     """
 
     def __init__(self, directory: RunDirectory, quality: Quality, *, num_train: int, forward_share: float) -> None:
@@ -64,15 +64,10 @@ class Reports:
         self._held_back: list[dict[str, Any]] = []  # reports, while a Ray Train job may run
 
     def __call__(self, event: Event) -> None:
-        is_of_worker = isinstance(event, Progress) and event.worker is not None
-        if is_of_worker or isinstance(event, Waiting | Retry) or (isinstance(event, Note) and event.is_warning):
-            return  # these may come while a Ray Train job runs
-        if isinstance(event, EpochDone):
-            self._held_back.append(self._epoch_of_train(event.stage, event.record))
-            return
-        self.flush()
         match event:
-            case Progress(attempt=attempt):
+            case EpochDone(stage=stage, record=record):
+                self._held_back.append(self._epoch_of_train(stage, record))
+            case Progress(attempt=attempt, worker=None):
                 key, epoch = (attempt.stage, attempt.round, attempt.subset), int(event.epoch)
                 if epoch > self._epochs.get(key, 0):
                     self._epochs[key] = epoch
@@ -102,6 +97,7 @@ class Reports:
             tune.report(self._held_back.pop(0))
 
     def _send(self, stage: str, **values: Any) -> None:
+        self.flush()
         passes = self._passes(total_cost(Ledger(self._directory).read()))
         tune.report({"stage": stage, "passes": passes, **values})
 

@@ -54,7 +54,7 @@ def test_a_stopped_actor_is_told_of_killed_and_its_piece_goes_on_elsewhere(tmp_p
     warning = next(event.text for event in events if isinstance(event, Note) and event.is_warning)
     assert re.match(r"subset 0 on node [\d.]+ stands still: no step for \d+ s.*--actors.stall-s", warning)
     retry = next(event.text for event in events if isinstance(event, Retry))
-    assert "StalledError: no step for" in retry
+    assert "TimeoutError: no step for" in retry
     pid, until = int((tmp_path / "pid").read_text()), time.monotonic() + 10
     while _lives(pid):
         assert time.monotonic() < until, "a stopped process needs SIGKILL"
