@@ -107,6 +107,11 @@ def test_a_stale_address_is_said_to_come_from_the_environment(monkeypatch: pytes
         pass
 
 
+def keepers() -> list[psutil.Process]:
+    """This process's keepers of nodes. Other tests' children may be there too."""
+    return [child for child in psutil.Process().children() if own_node._KEEPER in child.cmdline()]
+
+
 @pytest.fixture
 def keeper(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has a node of our own kept by this program, which prints an address, reads to the end of its input, and goes."""
@@ -125,7 +130,7 @@ def test_a_signal_while_ray_starts_stops_as_ctrl_c_does_and_ends_the_node(monkey
     monkeypatch.setattr(ray, "init", lambda **_: sys.exit(15))  # what Ray's handler of SIGTERM does
     with pytest.raises(KeyboardInterrupt), connected(ClusterConfig(num_cpus=1)):
         pass
-    assert psutil.Process().children() == []
+    assert keepers() == []
 
 
 def test_a_node_that_does_not_come_up_is_told_of_by_ray_s_last_word(keeper: Callable[[str], None]) -> None:
@@ -185,13 +190,13 @@ def test_a_node_started_ahead_is_the_one_connected_to_and_goes_with_the_connecti
 
     def init(**options: Any) -> None:
         assert options["address"] == "127.0.0.1:7"
-        num_keepers.append(len(psutil.Process().children()))
+        num_keepers.append(len(keepers()))
         raise ConnectionError("far enough")
 
     monkeypatch.setattr(ray, "init", init)
     config = ClusterConfig(num_cpus=1)
     with started_ahead(config):
-        (ahead,) = psutil.Process().children()
+        (ahead,) = keepers()
         with pytest.raises(ConnectionError, match="far enough"), connected(config):
             pass
         psutil.wait_procs([ahead])  # while what follows goes on
@@ -201,13 +206,13 @@ def test_a_node_started_ahead_is_the_one_connected_to_and_goes_with_the_connecti
 @pytest.mark.usefixtures("keeper")
 def test_no_node_is_started_ahead_of_a_cluster_that_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with started_ahead(ClusterConfig(address="10.0.0.1:6379")):
-        assert psutil.Process().children() == []
+        assert keepers() == []
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with started_ahead(ClusterConfig()):
-        assert psutil.Process().children() == []
+        assert keepers() == []
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with started_ahead(ClusterConfig()):
-        assert len(psutil.Process().children()) == 1
+        assert len(keepers()) == 1
 
 
 class Ended(Exception):
