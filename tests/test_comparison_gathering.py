@@ -48,18 +48,18 @@ class Done(Leg):
         return {"loss": 1.0, "num_examples": 10, self.quality.name: self.value}
 
 
-Compared = Callable[[Quality, float | None], dict[str, Any]]
+Compared = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compared:
     data = {"name": "d", "num_train": NUM_TRAIN, "num_test": 10}
     monkeypatch.setattr(gathering, "data_record", lambda full_set: data)
-    return lambda quality, at_half_a_pass: gathered(quality, at_half_a_pass, tmp_path)
+    return lambda quality, at_half_a_pass, **options: gathered(quality, at_half_a_pass, tmp_path, **options)
 
 
-def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path) -> dict[str, Any]:
-    """comparison.json of an arm of half a pass beside a baseline.
+def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path, *, fails: str = "") -> dict[str, Any]:
+    """comparison.json of an arm of half a pass beside a baseline; a long arm A if B `fails`.
 
     The baseline has 2 of BITS, or 0.5 of R2, at one pass, and gets a tenth better each time passes double. Seeds differ
     by thousandths, in both alike.
@@ -82,7 +82,10 @@ def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path) -> 
     comparison.num_workers, comparison.most_beyond, comparison.runner = 2, 0, SimpleNamespace(failed={})
     comparison.tried, comparison.tuning_legs = [], []
     finals = {parse_arm("B"): baseline, parse_arm("D"): arm}
-    settings = {key: Settings(0.1, 64) for key in "BD"}
+    if fails:
+        comparison.runner.failed = {leg: fails for by_seed in baseline.values() for leg in by_seed.values()}
+        finals[parse_arm("A")] = {16.0: {s: leg("conventional", 16.0, s, begin + 4 * step) for s in SEEDS}}
+    settings = {key: Settings(0.1, 64) for key in "ABD"}
     found = gather(comparison, finals, settings, margin=0.01, bandwidth=2.0)
     directory = RunDirectory(str(tmp_path), "c")
     head = {"name": "c", "uri": directory.uri, "config": Config().to_dict(), "environment": None}
@@ -148,6 +151,13 @@ def test_a_quality_that_is_not_finite_is_neither_as_good_nor_shown_to_be_worse(c
     assert not point["is_non_inferior"]
     assert record["verdicts"]["total"]["word"] == "inconclusive"
     assert record["speed_ups"]["total"] == {}
+
+
+def test_the_time_of_a_pass_is_that_of_the_baselines_runs_that_finished(compared: Compared):
+    record = compared(R2, 0.8, fails="SubsetFailed: it was lost 4 times in a row")
+    assert record["conventional"]["budget"] == 16.0
+    assert record["network"]["s_per_pass"] == pytest.approx(1.0)
+    assert {row["arm"] for row in record["network"]["rows"]} == {"A", "D"}
 
 
 def test_a_margin_is_the_one_given_the_datas_the_qualitys_or_asked_for():

@@ -343,7 +343,7 @@ def _network(
 
     The time of a pass is the baseline's, as measured here. Wall times at a bandwidth are computed, not measured.
     """
-    (points,) = (arm["points"] for arm in arms if arm["key"] == "B")
+    points = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     baseline = [run for point in points for run in point["runs"] if not run["error"]]
     s_per_pass = sum(run["device_s"] for run in baseline) / sum(run["passes"] for run in baseline)
     rows = []

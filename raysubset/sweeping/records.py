@@ -139,26 +139,20 @@ def recommendation(settings: Sequence[Record]) -> str:
     position, best = recommend(settings), _best(settings)
     if position is None or best is None:
         return "No recommendation: no setting has finished with all its seeds and a finite validation loss."
-    recommended, error = settings[position], best["validation_loss"]["standard_error"]
-    words, best_words = _described(recommended), _described(best)
-    total, critical, best_total, best_critical = (
-        f"{setting[name]['mean']:.2f}" for setting in (recommended, best) for name in ("passes", "critical_path_passes")
-    )
-    cost = f"It costs {total} passes in total, {critical} of them on the critical path"
-    if error is None:
-        text = "One seed shows no noise, so smaller subsets may do as well: sweep over several seeds."
-        return f"The least validation loss: {words}. {cost}. {text}"
-    if recommended is best:
-        text = f"Smaller subsets, if any, have more than {_loss(best) + error:.4f}."
-        return f"The best is also the smallest subset within its standard error: {words}. {cost}. {text}"
-    text = f"{cost}; the best, {best_words}, {best_total} and {best_critical}."
-    return f"The smallest subset within one standard error of the best: {words}. {text}"
+    recommended = settings[position]
+    if best["validation_loss"]["standard_error"] is None:
+        text = f"The least validation loss: {_described(recommended)}."
+        return f"{text} One seed shows no noise, so smaller subsets may do as well: sweep over several seeds."
+    text = f"The smallest subset within one standard error of the best: {_described(recommended)}."
+    return text if recommended is best else f"{text} The best: {_described(best)}."
 
 
 def _described(setting: Record) -> str:
     loss, error = setting["validation_loss"]["mean"], setting["validation_loss"]["standard_error"]
     spread = "" if error is None else f" ± {error:.4f}"
     others = "".join(f", {key} = {value}" for key, value in setting["overrides"].items() if key != "subsets.size")
-    seeds = f"{setting['num_seeds']} seed{'s' if setting['num_seeds'] > 1 else ''}"
-    q = f"Q = {setting['overdetermination_ratio']:.3g}{others}"
-    return f"{setting['subset_size']:g} examples ({q}) with validation loss {loss:.4f}{spread} over {seeds}"
+    total, critical = (f"{setting[name]['mean']:.2f} passes" for name in ("passes", "critical_path_passes"))
+    return (
+        f"{setting['subset_size']:g} examples (Q = {setting['overdetermination_ratio']:.3g}{others}) with validation "
+        f"loss {loss:.4f}{spread} over {setting['num_seeds']} seed(s), for {total}, {critical} on the critical path"
+    )

@@ -31,27 +31,23 @@ class TrialsStanding:
         """Note a trial's state and report, and return the table."""
         self._states[name] = state
         self._last[name] |= report or {}
-        losses = {trial: loss for trial in self._planned if (loss := self._loss(trial)) is not None}
+        losses = {trial: last.get("validation_loss", math.nan) for trial, last in self._last.items()}
+        losses = {trial: loss for trial, loss in losses.items() if math.isfinite(loss)}
         best = min(losses, key=losses.__getitem__) if len(losses) > 1 else None
-        rows = tuple(self._row(trial, is_best=trial == best) for trial in self._planned)
-        num = sum(state in ("done", "failed") for state in self._states.values())
-        text = f"{num} of {len(rows)} trials ended"
+        num_ended = sum(state in ("done", "failed") for state in self._states.values())
+        text = f"{num_ended} of {len(self._states)} trials ended"
         if best is not None:
             text += f"; best so far {best}, validation loss {losses[best]:.4f}"
         columns = COLUMNS if self._quality.name == "loss" else (*COLUMNS, self._quality.heading)
-        return Standing(text, columns, rows, self._found)
+        rows = (self._row(trial, losses.get(trial), is_best=trial == best) for trial in self._planned)
+        return Standing(text, columns, tuple(rows), self._found)
 
-    def _loss(self, name: str) -> float | None:
-        loss = self._last[name].get("validation_loss")
-        return loss if loss is not None and math.isfinite(loss) else None
-
-    def _row(self, name: str, *, is_best: bool) -> Row:
-        last, state, loss = self._last[name], self._states[name], self._loss(name)
-        planned, passes = self._planned[name], last["passes"]
+    def _row(self, name: str, loss: float | None, *, is_best: bool) -> Row:
+        last, state, planned = self._last[name], self._states[name], self._planned[name]
+        passes, value = last["passes"], last.get(f"validation_{self._quality.name}")
         cells = ["failed" if state == "failed" else last.get("stage", ""), f"{passes:.2f}" if passes else ""]
         cells.append("" if loss is None else f"{loss:.4f}")
         if self._quality.name != "loss":
-            value = last.get(f"validation_{self._quality.name}")
             cells.append("" if value is None else self._quality.cell(value))
         done = min(passes, planned)
         planned = done if state in ("done", "failed") else planned  # it may have been stopped early
