@@ -137,7 +137,7 @@ def _init(address: str) -> None:
     """
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="warning")
+        ray.init(address=address, log_to_driver=False, logging_level="warning")  # pyright: ignore[reportArgumentType]
     except SystemExit as stopped:
         raise KeyboardInterrupt from stopped
     finally:
