@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from statistics import fmean
 from typing import Any
@@ -36,14 +36,11 @@ _SUM = "what is at work"  # the subject of lines that sum up progress
 def telling(first: str = "") -> Iterator[events.OnEvent]:
     """Yield a listener that draws a live view on a terminal, or writes plain lines elsewhere; show `first` at once."""
     console = console_of(sys.stderr)
-    is_live = console.is_terminal and not console.is_dumb_terminal
-    tell = LiveView(console) if is_live else PlainLines()
+    tell = LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainLines()
     if first:
         tell(events.Waiting(first))
-    if not isinstance(tell, LiveView):
-        yield tell
-        return
-    with Live(tell, console=console, refresh_per_second=_PER_S, transient=True):
+    is_live = isinstance(tell, LiveView)
+    with Live(tell, console=console, refresh_per_second=_PER_S, transient=True) if is_live else nullcontext():
         yield tell
 
 
