@@ -34,7 +34,7 @@ def ties(
     nothing is added (the authors' code takes the sign of the majority of elements).
 
     All else is averaged by RunningMean's rule, so batch-norm statistics have to be recomputed. Members are streamed
-    once. Memory holds seven copies of the parameters, including the result, and one member.
+    once. Memory holds six copies of the parameters, including the result, and one member.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -69,7 +69,7 @@ def dare(
     Each element of θ_i - θ_0 is dropped with probability `drop`, rounded to a multiple of 2⁻¹⁶ below one. Kept elements
     are divided by one minus this probability, so that the expectation stays. The result is θ_0 plus `scale` times the
     mean over members (a sum in the paper, whose λ is ours over N). Buffers as in ties(). Members are streamed: memory
-    holds four copies of the parameters, including the result, and one member.
+    holds three and a quarter copies of the parameters, including the result, and one member.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -140,7 +140,11 @@ def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Min
 def _task_vector(weights: Weights, origin: Weights) -> Tensor:
     """Return the flat difference of all parameters from the origin, in float32 or a wider type."""
     dtype = functools.reduce(torch.promote_types, (value.dtype for value in origin.values()), torch.float32)
-    return torch.cat([torch.sub(weights[name].to(dtype), start).flatten() for name, start in origin.items()])
+    vector = torch.empty(sum(start.numel() for start in origin.values()), dtype=dtype)
+    parts = vector.split([start.numel() for start in origin.values()])
+    for (name, start), part in zip(origin.items(), parts, strict=True):
+        torch.sub(weights[name].to(dtype).flatten(), start.flatten(), out=part)
+    return vector
 
 
 def _without(names: Collection[str], weights: Weights) -> Weights:
