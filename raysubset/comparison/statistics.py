@@ -48,8 +48,8 @@ def t_interval(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) == 1 or not math.isfinite(mean):
         return Interval(mean, -math.inf, math.inf, COVERAGE, len(values))
-    half = float(stats.t.ppf((1 + COVERAGE) / 2, len(values) - 1) * stats.sem(values))
-    return Interval(mean, mean - half, mean + half, COVERAGE, len(values))
+    half = stats.t.ppf((1 + COVERAGE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, mean - float(half), mean + float(half), COVERAGE, len(values))
 
 
 def range_interval(values: Sequence[float]) -> Interval:
