@@ -13,6 +13,7 @@ import pytest
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import load_full_set
+from raysubset.data.finding import find_files
 from raysubset.data.fitting import of_arrays
 from raysubset.data.functions import Arrays, read_returned, read_returned_texts, read_table_arrays
 from raysubset.data.tables import Tables
@@ -141,21 +142,23 @@ def test_a_users_own_task_gets_the_columns_of_files_as_arrays(tmp_path: Path):
     for split, lines in {"train": rows, "test": rows[::-1]}.items():
         (tmp_path / f"{split}.csv").write_text("\n".join([header, *lines]))
     config = DataConfig(name=str(tmp_path), columns="score,user")
-    arrays = read_table_arrays(config)
+    arrays = read_table_arrays(find_files(config), config)
     assert_holds(
         replace(arrays, splits={"train": arrays.splits["train"]}),
         user=np.array([3, 1, 2]),
         score=np.array([0.5, 1.5, 2.5]),
     )
     np.testing.assert_array_equal(arrays.splits["test"]["score"], [2.5, 1.5, 0.5])
-    everything = read_table_arrays(replace(config, columns=None))
+    everything = read_table_arrays(find_files(config), replace(config, columns=None))
     assert [*everything.splits["train"]] == ["user", "score", "site"]
     with pytest.raises(ValueError, match=r"site of .* are texts: give numbers, .* to --data.columns"):
         of_arrays(everything.splits, config, TaskConfig(name="mine:Ratings"), ())
+    with pytest.raises(ValueError, match=r"label of .* are texts: give numbers"):
+        of_arrays({"train": {"label": np.array(["a", "b"])}}, config, TaskConfig(name="mine:Ratings"), ())
     with pytest.raises(ValueError, match=r"no column users: .*user"):
-        read_table_arrays(replace(config, columns="users"))
+        read_table_arrays(find_files(config), replace(config, columns="users"))
     with pytest.raises(ValueError, match=r"leave --data\.streamed out"):
-        read_table_arrays(replace(config, streamed=True))
+        read_table_arrays(find_files(config), replace(config, streamed=True))
 
 
 def test_targets_of_several_dimensions_are_flattened(returned: Callable[..., Any]):
@@ -196,9 +199,7 @@ def test_masks_of_one_class_are_refused(returned: Callable[..., Any]):
 
 def test_images_with_their_classes_are_images(returned: Callable[..., Any]):
     for body in ("return images, labels", "return Items(list(zip(images, labels)))", "return images, labels[:, None]"):
-        found = returned(body)
-        assert found["train"].targets.to_pylist() == LABELS.tolist()
-        assert found["train"].images.shape == (6, 4, 4, 1)
+        assert_holds(returned(body), image=np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4, 1), label=LABELS)
 
 
 def test_a_table_without_images_is_one_of_columns(returned: Callable[..., Any]):
@@ -244,7 +245,6 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ("return features[:0], labels[:0]", r"inputs of own_rows:load has shape \(0, 2\)"),
         ("return dict(row=labels)", "names an array 'row'"),
         ("return torch.zeros(6, 2, dtype=torch.bfloat16), labels", "does not make an array of numpy's: .*BFloat16"),
-        ("return features[:, :, None], labels", r"floats must lie in .*go by name: dict\(inputs=…, label=…\)"),
         ("return Endless()", "reading item 0 of own_rows:load raised .*; a Dataset needs a length"),
         ("return Items([])", "has no items"),
         ("return Items([(1, 2), None])", "reading item 1 of own_rows:load raised ZeroDivisionError: division by zero"),
@@ -265,7 +265,10 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
             "return dict(train=(features, labels), test=(features[:, :1], labels))",
             r"float64 \[N, 1\] in the test split",
         ),
-        ("return dict(train=(features, labels), test=(images, labels))", "images with labels as its test split"),
+        (
+            "return dict(train=(features, labels), test=(images, labels))",
+            "gives inputs, target as train split and image, label as test split",
+        ),
         ("return dict(tset=(features, labels))", "returned a split 'tset', not one of .*; did you mean test"),
     ],
 )

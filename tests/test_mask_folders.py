@@ -106,7 +106,7 @@ def test_masks_without_an_image_are_left_out(tmp_path: Path):
         (
             {"images/test/9.png": IMAGES[5], "masks/test/9.png": MASKS[5]},
             {},
-            "images/00.png names no split, as images/test/9.png does",
+            "images names no split, as images/test does",
         ),
         (
             {},

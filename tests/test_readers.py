@@ -23,11 +23,11 @@ from PIL import Image
 from pyarrow import fs
 
 from raysubset.config import DataConfig
-from raysubset.data import FullSet, load_full_set
+from raysubset.data import FullSet, finding, load_full_set
 from raysubset.data.images import EncodedImages, as_images
 from raysubset.data.images import decode as decode_images
 from raysubset.data.layout import lay_out_images, lay_out_tables
-from raysubset.data.listing import list_folder
+from raysubset.data.listing import Listing, list_folder
 from raysubset.data.tables import needed_columns
 
 
@@ -210,17 +210,20 @@ def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[st
         ("return dict(trian=(images, labels))", "returned a split 'trian'.*did you mean train"),
         ("return dict(test=(images, labels))", "returned no train split, only test"),
         ("return images, labels[:5]", r"has 40 images but labels of shape \(5,\)"),
-        ("return images, np.array([1, 'a'] * 20, dtype=object)", "must be integers or class names"),
+        (
+            "return images, np.array([1, 'a'] * 20, dtype=object)",
+            "label of .* has type object: it must be numbers",
+        ),
         ("return images, np.zeros(40, int)", "all 40 training examples of data.name are of class 0"),
         ("return images.astype(int), labels", "are int64: they must be uint8, or floats"),
         ("return images / 128, labels", "run from 0 to 1.9.*floats must lie in"),
         ("return images / 255 - 1, labels", "run from -1 to 0: floats must lie in"),
         (
             "x = images / 255\nx[7, 2, 3] = np.nan\nreturn x, labels",
-            "image 7 of own_data:load has pixels that are NaN",
+            "image of own_data:load has nan in row 7",
         ),
         ("return np.zeros((40, 3, 6, 6), np.uint8), np.arange(40) % 4", r"have shape \(40, 3, 6, 6\)"),
-        ("return np.zeros((0, 6, 6), np.uint8), np.arange(0)", "holds no images"),
+        ("return np.zeros((0, 6, 6), np.uint8), np.arange(0)", "give one entry an example, and one example"),
         ("return [np.zeros((6, 6)), np.zeros((6, 7))], [0, 1]", "does not make one array, as where examples differ"),
         ("return images[:2], np.arange(2)", "2 examples of 2 classes are too few"),
         (
@@ -376,7 +379,7 @@ def test_splits_are_found_by_the_words_of_names(file: str, split: str):
         (["train.parquet", "extra.parquet", "test.parquet"], "extra.parquet names no split, as train.parquet does"),
         (["test/train-0.parquet"], r"test/train-0.parquet names several splits \(test, train\)"),
         (["train_val.parquet"], r"train_val.parquet names several splits"),
-        (["mytrain.parquet", "mytest.parquet"], "mytrain, mytest may name splits"),
+        (["mytrain.parquet", "mytest.parquet"], "mytrain.parquet, mytest.parquet may name splits"),
         (["strain/0.parquet", "stest/0.parquet"], "strain, stest may name splits"),
         (["test.parquet", "eval.parquet", "train.parquet"], "test.parquet and eval.parquet both name the test split"),
         (["train/0.parquet", "training/0.parquet"], "both name the train split"),
@@ -479,6 +482,30 @@ def test_a_split_of_a_function_or_named_set_can_be_ignored(own_data: Callable[[s
         load(name, ignored="validation")
     with pytest.raises(ValueError, match=r"data.ignored = test: digits has no such split"):
         load("digits", ignored="test")
+
+
+def test_training_data_cannot_be_ignored(own_data: Callable[[str], str], tmp_path: Path):
+    for name in (own_data("return dict(train=(images, labels), test=(images, labels))"), "digits", "python_docs"):
+        with pytest.raises(ValueError, match=r"data.ignored = train: .* would have no training data left"):
+            load(name, ignored="train")
+
+
+def test_a_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Listing takes long on object storage."""
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "photos" / name, random_images(5))
+    (tmp_path / "tables").mkdir()
+    pq.write_table(encoded_table(random_images(40), np.arange(40) % 2), tmp_path / "tables" / "a.parquet")
+    listed = list[str]()
+
+    def listing(system: fs.FileSystem, root: str) -> Listing:
+        listed.append(root)
+        return list_folder(system, root)
+
+    monkeypatch.setattr(finding, "list_folder", listing)
+    for name in ("photos", "tables"):
+        load(tmp_path / name)
+    assert listed == [str(tmp_path / "photos"), str(tmp_path / "tables")]
 
 
 def test_strings_and_dictionaries_name_the_classes(tmp_path: Path):
@@ -766,14 +793,14 @@ def test_labels_of_hive_folders_are_the_classes():
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        ([*crossed("train", "test"), "docs"], "docs has no word of one split.*--data.ignored docs"),
-        ([*crossed("train", "test"), "docs/x"], "docs has no word of one split"),
-        ([*crossed("train"), "cat"], "cat has no word of one split"),
-        (["train", "test", "docs"], "docs has no word of one split"),
-        ([*crossed("mytrain", "mytest")], "mytest, mytrain has no word"),
-        ([*crossed("test"), "cat", "dog"], "cat, dog has no word of one split"),
-        ([*crossed("trainval", "test")], "trainval has no word of one split"),
-        ([*crossed("train", "training")], "folders train and training both name the train split"),
+        ([*crossed("train", "test"), "docs"], "docs names no split, as test does: .*--data.ignored docs"),
+        ([*crossed("train", "test"), "docs/x"], "docs names no split, as test does"),
+        ([*crossed("train"), "cat"], "cat names no split, as train does"),
+        (["train", "test", "docs"], "docs names no split, as test does"),
+        ([*crossed("mytrain", "mytest")], "mytest, mytrain may name splits: separate the word"),
+        ([*crossed("test"), "cat", "dog"], "cat, dog name no split, as test does"),
+        ([*crossed("trainval", "test")], "trainval names no split, as test does"),
+        ([*crossed("train", "training")], "train and training both name the train split"),
         ([*crossed("train_images", "train_masks")], "both name the train split"),
         ([*crossed("train", "train/train"), *crossed("test")], "folder train names a split, and so do folders in it"),
         ([*crossed("train"), "test"], "test/0.png lies in no class's folder: .*--data.ignored test$"),

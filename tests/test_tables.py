@@ -14,18 +14,37 @@ import pytest
 from sklearn import datasets
 
 from raysubset.config import DataConfig, TaskConfig
-from raysubset.data import file_fingerprint, kind_of
-from raysubset.data.columns import class_numbers, is_of_columns, read_rows, read_tables
+from raysubset.data import columns, file_fingerprint, files, fitting, kind_of
+from raysubset.data.columns import read_rows
 from raysubset.data.contents import unused_settings
-from raysubset.data.files import read_texts
 from raysubset.data.finding import find_files
 from raysubset.data.loading import load_full_set
 from raysubset.data.named import TABLE_NAMES, TEXT_NAMES, read_named_table, read_named_texts
+from raysubset.data.split import SplitName
+from raysubset.data.tables import Tables
+from raysubset.events import Note
 from raysubset.fingerprints import entries
 from raysubset.tasks.columns import fit_columns, target_numbers
 
 TABLE = pa.table({"age": [1, 2, 3], "sex": ["f", "m", "f"], "price": [0.5, 1.5, 2.5]})
 CSV = "age,sex,price\n1,f,0.5\n2,m,1.5\n3,f,2.5\n"
+
+
+def is_of_columns(config: DataConfig) -> bool:
+    return columns.is_of_columns(find_files(config), config)
+
+
+def read_tables(config: DataConfig, task: str = "classification") -> Tables:
+    return columns.read_tables(find_files(config), config, task)
+
+
+def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
+    return files.read_texts(find_files(config), config)
+
+
+def classes_of(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...]]:
+    targets = fitting.targets_of_tables(tables, DataConfig(), TaskConfig(name="classification"))
+    return targets.values, targets.names
 
 
 def of(path: Path, **settings: Any) -> DataConfig:
@@ -172,7 +191,7 @@ def test_classes_are_numbered_whatever_the_targets_type(tmp_path: Path):
         for name, column in (("train", train), ("test", test)):
             table = pa.table({"a": np.arange(len(column)), "target": column})
             pq.write_table(table, tmp_path / f"{name}.parquet")
-        labels, names, _ = class_numbers(read_tables(of(tmp_path)))
+        labels, names = classes_of(read_tables(of(tmp_path)))
         return labels["train"].tolist(), labels["test"].tolist(), names
 
     assert numbers([0, 1, 1], [1, 0]) == ([0, 1, 1], [1, 0], ("0", "1"))
@@ -189,23 +208,23 @@ def test_classes_are_numbered_whatever_the_targets_type(tmp_path: Path):
         numbers([5, 70, 900, 5], [5])
     tables = read_tables(of(tmp_path))
     with pytest.raises(ValueError, match=r"classification learns one column, not target, a: set --data.target to one"):
-        class_numbers(dataclasses.replace(tables, targets=("target", "a")))
+        classes_of(dataclasses.replace(tables, targets=("target", "a")))
 
 
 def test_a_target_that_is_no_class_is_refused(tmp_path: Path):
     pq.write_table(pa.table({"a": [1, 2], "target": [[1], [2]]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"labels of the train split are list.*: they must be integers or class names"):
-        class_numbers(read_tables(of(tmp_path / "a.parquet", columns="a")))
+        classes_of(read_tables(of(tmp_path / "a.parquet", columns="a")))
     pq.write_table(pa.table({"a": [1, 2], "target": pa.nulls(2)}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="none of the 2 examples of the train split has a label"):
-        class_numbers(read_tables(of(tmp_path / "a.parquet")))
+        classes_of(read_tables(of(tmp_path / "a.parquet")))
 
 
 def test_class_names_of_hugging_faces_metadata_are_kept(tmp_path: Path):
     feature = b'{"info": {"features": {"target": {"_type": "ClassLabel", "names": ["no", "yes"]}}}}'
     table = pa.table({"a": [1, 2, 3], "target": [1, 0, 1]}).replace_schema_metadata({"huggingface": feature})
     pq.write_table(table, tmp_path / "a.parquet")
-    labels, names, _ = class_numbers(read_tables(of(tmp_path / "a.parquet")))
+    labels, names = classes_of(read_tables(of(tmp_path / "a.parquet")))
     assert (labels["train"].tolist(), names) == ([1, 0, 1], ("no", "yes"))
 
 
@@ -289,7 +308,7 @@ def test_scikit_learns_tables_are_read_as_it_gives_them(name: str):
     if name == "diabetes":
         assert target_numbers(table, ["target"])[:, 0].tolist() == loaded.target.tolist()
     else:
-        labels, names, _ = class_numbers(tables)
+        labels, names = classes_of(tables)
         assert (labels["train"].tolist(), names) == (loaded.target.tolist(), tuple(loaded.target_names))
     inputs, _ = fit_columns(table, tables.features, missing="refuse")
     assert inputs.num_features == loaded.data.shape[1]

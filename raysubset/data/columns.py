@@ -1,25 +1,22 @@
-"""Reads the files of tables, with columns to learn or with columns of images; and numbers a column's classes."""
+"""Reads the files of tables, with columns to learn or with columns of images."""
 
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
-import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig
 from raysubset.data.files import (
     describe_files,
-    no_table,
     not_streamed,
     read_files,
     read_named_file,
     read_schema,
     refuse_other_formats,
 )
-from raysubset.data.finding import DataFiles, find_files
+from raysubset.data.finding import TABLE_SUFFIXES, DataFiles, find_files
 from raysubset.data.image_columns import plain, with_full_paths
-from raysubset.data.labels import number_classes
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import ImageGroups, RowGroups, TableGroups, concatenated
 from raysubset.data.split import SplitName
@@ -38,25 +35,24 @@ from raysubset.events import Note
 from raysubset.tasks.columns import TableInputs, is_string
 
 
-def is_of_columns(config: DataConfig) -> bool:
+def is_of_columns(files: DataFiles, config: DataConfig) -> bool:
     """Return True if a path holds tables to learn columns from: without an image column, or with data.columns set.
 
     Raises:
-        ValueError: for what find_files() refuses, and for a damaged first file.
+        ValueError: for a damaged first file.
     """
-    files = find_files(config)
     if files.kind != "tables" or config.columns is not None:
         return files.kind == "tables"
     return not holds_images(read_schema(files, files.layout["train"][0]), config)
 
 
-def read_tables(config: DataConfig, task: str = "classification") -> Tables:
+def read_tables(files: DataFiles, config: DataConfig, task: str = "classification") -> Tables:
     """Read the files of a path as tables of columns, or of images and their targets.
 
     Raises:
         ValueError: with the file, if there is nothing to read, or it is damaged or ambiguous.
     """
-    files = _find_tables(config)
+    _refuse_no_tables(files)
     notes, streamed = [], None
     needed = partial(needed_columns, config=config, task=task)
     by_split: dict[SplitName, dict[str, pa.Table]] = {}
@@ -76,7 +72,7 @@ def read_tables(config: DataConfig, task: str = "classification") -> Tables:
     return dataclasses.replace(chosen, notes=(*notes, *files.notes, *chosen.notes), read_file=read_file)
 
 
-def read_columns(config: DataConfig) -> tuple[dict[SplitName, pa.Table], tuple[Note, ...]]:
+def read_columns(files: DataFiles, config: DataConfig) -> tuple[dict[SplitName, pa.Table], tuple[Note, ...]]:
     """Read the columns of a path's files for a user's own task: those of data.columns, by default all.
 
     Raises:
@@ -84,7 +80,7 @@ def read_columns(config: DataConfig) -> tuple[dict[SplitName, pa.Table], tuple[N
     """
     if config.streamed:
         raise ValueError("a task of your own has its table in memory: leave --data.streamed out")
-    files, splits, notes = _find_tables(config), dict[SplitName, pa.Table](), list[Note]()
+    splits, notes = dict[SplitName, pa.Table](), list[Note]()
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
         names = split_names("columns", config.columns, schema.names)
@@ -133,13 +129,16 @@ def _stream(
     return tables, TableGroups.of_files(config, where, [*tables], members=tuple(members), schema=schema)
 
 
-def _find_tables(config: DataConfig) -> DataFiles:
-    files = find_files(config)
-    if files.kind == "texts":
-        raise no_table(files)
+def _refuse_no_tables(files: DataFiles) -> None:
+    first = files.layout["train"][0].path
     if files.kind == "images":
-        raise ValueError(f"{config.name} is a folder of image files, without columns: leave --data.columns out")
-    return files
+        raise ValueError(f"{files.root} is a folder of image files, without columns: give a table")
+    if files.kind == "texts" and first:
+        text = f"{files.root} holds no tables or images, only {some(files.paths)}"
+        raise ValueError(f"{text}: use --task next_token to learn text")
+    if files.kind == "texts":
+        text = f"{files.root} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder"
+        raise ValueError(f"{text}; use --task next_token to learn text")
 
 
 def read_rows(path: str, inputs: TableInputs) -> pa.Table:
@@ -150,7 +149,8 @@ def read_rows(path: str, inputs: TableInputs) -> pa.Table:
     Raises:
         ValueError: if a table cannot be read.
     """
-    files = _find_tables(DataConfig(name=path))
+    files = find_files(DataConfig(name=path))
+    _refuse_no_tables(files)
     names = [column.name for column in inputs.columns]
     texts = tuple(column.name for column in inputs.columns if column.kind == "category")
 
@@ -163,18 +163,3 @@ def read_rows(path: str, inputs: TableInputs) -> pa.Table:
     members = [member for each in files.layout.values() for member in each]
     tables = [*read_files(files, members, needed, texts=texts).values()]
     return concatenated(tables, path)
-
-
-def class_numbers(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...], tuple[Note, ...]]:
-    """Number the target's classes with number_classes().
-
-    Raises:
-        ValueError: for several targets, and for what number_classes() refuses.
-    """
-    target, *others = tables.targets
-    if others:
-        raise ValueError(
-            f"classification learns one column, not {some(tables.targets)}: set --data.target to one, use --task "
-            "regression, or write a task of your own, which may learn several labels"
-        )
-    return number_classes({split: table.column(target) for split, table in tables.splits.items()})

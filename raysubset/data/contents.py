@@ -15,7 +15,7 @@ from pyarrow import fs
 from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, DataConfig, nearest
 from raysubset.data.columns import is_of_columns
 from raysubset.data.files import named_images
-from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, find_files
+from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.full_set import FullSet
 from raysubset.data.listing import locate
 from raysubset.data.named import torchvision_files
@@ -43,12 +43,15 @@ Kind = Literal["images", "images by name", "columns", "texts", "arrays by name",
 _DOWNLOADED = ("root", "download")
 
 
-def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Table | None:
+def file_fingerprint(
+    config: DataConfig, known: pa.Table | None = None, files: DataFiles | None = None
+) -> pa.Table | None:
     """Return digests of a data set's files by their paths below its folder; None if it is not read from files.
 
     Args:
         known: an earlier fingerprint of the set. A file whose size and times are unchanged is not read again. A file
             on object storage that has an ETag is not read at all.
+        files: the files of a path, if they were found before.
 
     Raises:
         ValueError: for what kind_of() and find_files() refuse.
@@ -57,17 +60,17 @@ def file_fingerprint(config: DataConfig, known: pa.Table | None = None) -> pa.Ta
     if (kind := kind_of(config.name)) == "function" or config.name in EMBEDDED_NAMES:
         return None
     if kind == "named":
-        system, root = fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(config.root))
-        files = [os.path.relpath(path, root) for path in torchvision_files(config.name, root)]
-    else:
-        data_files = find_files(config)
-        system, root, files = data_files.system, data_files.root, list(data_files.paths)
-        if files == [""]:  # the path is a file's
-            root, _, file = root.rpartition("/")
-            files = [file]
-        if data_files.kind == "tables" and not is_of_columns(config):
-            files += [posixpath.relpath(path, root) for path in named_images(data_files, config)]
-    return _digests(system, root, files, known)
+        root = os.path.abspath(os.path.expanduser(config.root))
+        paths = [os.path.relpath(path, root) for path in torchvision_files(config.name, root)]
+        return _digests(fs.LocalFileSystem(), root, paths, known)
+    files = files or find_files(config)
+    root, paths = files.root, files.paths
+    if paths == [""]:
+        root, _, file = root.rpartition("/")
+        paths = [file]
+    if files.kind == "tables" and not is_of_columns(files, config):
+        paths += [posixpath.relpath(path, root) for path in named_images(files, config)]
+    return _digests(files.system, root, paths, known)
 
 
 def kind_of(name: str) -> Literal["named", "function", "path"]:
@@ -136,23 +139,23 @@ def refuse_changed_files(full_set: FullSet) -> None:
         ValueError: with the difference.
     """
     if isinstance(full_set.train, StreamedSplit):
-        system, _ = locate(full_set.train.groups.config.name)
-        old = full_set.fingerprint
-        root = (old.schema.metadata or {})[b"root"].decode()
-        refuse_changed(full_set.name, old, _digests(system, root, list(entries(old)), old))
+        digested_again(full_set.train.groups.config.name, full_set.fingerprint)
 
 
-def refuse_changed(name: str, old: pa.Table, new: pa.Table) -> None:
-    """Refuse files that differ from those that were read.
+def digested_again(name: str, old: pa.Table) -> pa.Table:
+    """Digest the files of a set's fingerprint again, as far as they may have changed.
 
     Raises:
-        ValueError: with the difference.
+        ValueError: with the difference, if they did.
     """
+    root = (old.schema.metadata or {})[b"root"].decode()
+    new = _digests(locate(name)[0], root, list(entries(old)), old)
     if difference := changes(old, new):
         raise ValueError(
             f"{name} changed while it was in use: {listed(difference, most=MOST_NAMED)}: do not change data while "
             "training on them, and start over with --fresh, or under another --name"
         )
+    return new
 
 
 def _digests(system: fs.FileSystem, root: str, files: list[str], old: pa.Table | None) -> pa.Table:

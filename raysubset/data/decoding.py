@@ -3,17 +3,30 @@
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
 from raysubset.data.findings import FULL_RANGE, Findings, GreyRange, choose_grey_range, level_notes
 from raysubset.data.full_set import count_levels
 from raysubset.data.images import EncodedImages, decode
 from raysubset.data.row_groups import ImageGroups
-from raysubset.data.sources import Source
 from raysubset.data.split import SplitName
 from raysubset.events import Note
+
+
+@dataclass(frozen=True)
+class SourceSplit:
+    """The images of a source's own split, as the source stores them, before further splits are carved."""
+
+    images: np.ndarray | EncodedImages | ImageGroups  # uint8 [N, H, W, C], contiguous; ImageGroups if streamed
+    where: str  # the name of the split in messages
+    table: pa.Table = field(default_factory=lambda: pa.table({}))  # further columns, N rows
+    findings: Findings = field(default_factory=Findings)  # in images that are decoded
+
+
+Source = dict[SplitName, SourceSplit]
 
 
 @dataclass(frozen=True)

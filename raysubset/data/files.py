@@ -1,6 +1,5 @@
 """Reads files by path or URI: Parquet, Arrow, CSV and text files, and folders of images."""
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,15 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
-from raysubset.config import DataConfig
+from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.csv_files import DELIMITERS, header, read_csv
-from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
+from raysubset.data.decoding import Source, SourceSplit
+from raysubset.data.finding import TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.image_columns import image_column, images_of, with_full_paths
 from raysubset.data.images import EncodedImages, decode_masks
 from raysubset.data.layout import Placed, some
-from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.data.tables import refuse_absent, refuse_unreadable
+from raysubset.data.targets import Targets, class_targets, mask_targets
 from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.tasks.columns import is_string
@@ -29,38 +29,43 @@ _HEADER_BYTES = 2**20  # of a CSV file, in which its header ends
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_image_folders(config: DataConfig, task: str) -> Source:
+def read_image_folders(
+    files: DataFiles, config: DataConfig, task: TaskConfig
+) -> tuple[Source, Targets, tuple[Note, ...]]:
     """Read a folder of images with a folder for each class, or beside folders of masks.
 
     Raises:
-        ValueError: if the folders are ambiguous, the task does not learn masks, or a mask does not fit its image.
+        ValueError: if the task does not learn masks, or a mask does not fit its image.
     """
-    files = find_files(config)
     if config.columns is not None:
         raise ValueError(f"{config.name} is a folder of image files, without columns: leave --data.columns out")
     if config.streamed:
         raise not_streamed(f"{config.name} is a folder of image files")
-    source: Source = {}
+    source, notes = Source(), list[Note]()
+    labels, masks = dict[SplitName, pa.ChunkedArray](), dict[SplitName, np.ndarray]()
     for split, members in files.layout.items():
-        images = _encoded(files, [member.path for member in members])
-        masks = [member.mask for member in members if member.mask]
-        if masks:
-            example = f"images with masks, such as {members[0].path} with {masks[0]}"
-            if task != "segmentation":
+        where, paths = f"the {split} split of {config.name}", [member.path for member in members]
+        source[split] = SourceSplit(_encoded(files, paths), where, pa.table({"file": paths}))
+        if mask_paths := [member.mask for member in members if member.mask]:
+            example = f"images with masks, such as {paths[0]} with {mask_paths[0]}"
+            if task.name != "segmentation":
                 raise ValueError(
-                    f"{config.name} holds {example}, which --task {task} does not learn: use --task segmentation"
+                    f"{config.name} holds {example}, which --task {task.name} does not learn: use --task segmentation"
                 )
-            where = f"the {split} split of {config.name}"
-            targets = decode_masks(_encoded(files, masks), images, where, config.image_size)
+            images = _encoded(files, paths)
+            masks[split] = decode_masks(_encoded(files, mask_paths), images, where, config.image_size)
         else:
             names = [str(member.class_name) for member in members]
-            distinct, targets = list(dict.fromkeys(names)), pa.chunked_array([names])
-            example = f"{len(distinct)} class folders ({some(distinct)}), such as {members[0].path}"
-        columns = {"file": pa.chunked_array([[member.path for member in members]])}
-        note = Note(f"{split} split: {len(members)} examples of {example}")
-        source[split] = SourceSplit(images, targets, columns, (note,), where=f"the {split} split of {config.name}")
-    source["train"] = dataclasses.replace(source["train"], notes=(*source["train"].notes, *files.notes))
-    return source
+            distinct, labels[split] = list(dict.fromkeys(names)), pa.chunked_array([names])
+            example = f"{len(distinct)} class folders ({some(distinct)}), such as {paths[0]}"
+        notes.append(Note(f"{split} split: {len(members)} examples of {example}"))
+    if labels:
+        return source, class_targets(labels, config, task), (*notes, *files.notes)
+
+    def mask_name(split: SplitName, row: int) -> str:
+        return f"the mask of {files.layout[split][row].path}"
+
+    return source, mask_targets(masks, ("mask",), task, config.name, mask_name), (*notes, *files.notes)
 
 
 def read_image_rows(path: str, column: str, *, image_size: int | None) -> EncodedImages | np.ndarray:
@@ -110,17 +115,6 @@ def named_images(files: DataFiles, config: DataConfig) -> list[str]:
             for path, table in read_files(files, [member], lambda _, __: [column], texts=(column,)).items():
                 paths |= dict.fromkeys(with_full_paths(table, column, path).column(column).to_pylist())
     return [path for path in paths if path is not None]
-
-
-def no_table(files: DataFiles) -> ValueError:
-    """Return the error that refuses text files instead of tables or images."""
-    first = files.layout["train"][0]
-    if first.path:
-        names = some(member.path for member in files.layout["train"])
-        return ValueError(f"{files.root} holds no tables or images, only {names}: use --task next_token to learn text")
-    return ValueError(
-        f"{files.root} should end in {', '.join(TABLE_SUFFIXES)}, or be a folder; use --task next_token to learn text"
-    )
 
 
 def describe_files(files: DataFiles, members: Sequence[Placed]) -> str:
@@ -225,7 +219,7 @@ def _encoded(files: DataFiles, paths: Sequence[str]) -> EncodedImages:
     return EncodedImages(len(paths), read, describe=paths.__getitem__)
 
 
-def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
+def read_texts(files: DataFiles, config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
     """Read the text files of a path, one document each, and return them with notes on which they are.
 
     If the path is a file, it is read whatever its suffix. If it is a folder, its .txt files are read.
@@ -233,12 +227,11 @@ def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[No
     Raises:
         ValueError: if there is nothing to read, or a file is not UTF-8, with the place.
     """
-    files = find_files(config)
-    if files.kind != "texts" and files.paths != ("",):
-        members = [member.path for members in files.layout.values() for member in members]
+    if files.kind != "texts" and files.paths != [""]:
         raise ValueError(
-            f"{config.name} holds {files.kind} ({some(members)}), and text is read from {', '.join(TEXT_SUFFIXES)} "
-            "files: give data.name a folder of those, or leave the others out with --data.ignored"
+            f"{config.name} holds {files.kind} ({some(files.paths)}), and text is read from "
+            f"{', '.join(TEXT_SUFFIXES)} files: give data.name a folder of those, or leave the others out with "
+            "--data.ignored"
         )
     texts: dict[SplitName, list[str]] = {}
     notes: list[Note] = []

@@ -2,9 +2,8 @@
 
 import os
 import re
-import shlex
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal, get_args
@@ -21,12 +20,13 @@ from raysubset.data.layout import (
     lay_out_images,
     lay_out_masks,
     lay_out_tables,
+    refuse,
     refuse_copies,
     refuse_without_masks,
     some,
     with_values,
 )
-from raysubset.data.listing import ListedFile, Listing, list_folder, locate
+from raysubset.data.listing import list_folder, locate
 from raysubset.data.split import SplitName
 from raysubset.errors import first_line
 from raysubset.events import Note
@@ -48,10 +48,6 @@ _LOGGED = {
     "an Iceberg table": re.compile(r"(^|/)metadata/[^/]*\.metadata\.json$"),
 }
 _MOST_REASONS = 8  # in one line
-_DANGLING = "links to nothing"
-
-# Broken links with these suffixes are refused, as they would have been read; images' and Arrow's in any folder.
-_SUFFIXES = {"tables": tuple(DELIMITERS), "images": (), "texts": TEXT_SUFFIXES}
 
 Kind = Literal["tables", "images", "texts"]
 LeftOut = defaultdict[str, list[str]]  # the paths that are left out, by reason
@@ -65,8 +61,13 @@ class DataFiles:
     root: str  # in that file system
     kind: Kind
     layout: Layout
-    paths: tuple[str, ...]  # of all files of the layout, including masks
-    notes: tuple[Note, ...]
+    notes: tuple[Note, ...] = ()
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of all files below the root, including masks. If the path is a file's, it is [""]."""
+        files = [file for members in self.layout.values() for file in members]
+        return [path for file in files for path in (file.path, file.mask) if path is not None]
 
     def full_path(self, file: Placed) -> str:
         """Return a file's path in the file system."""
@@ -92,7 +93,7 @@ def find_files(config: DataConfig) -> DataFiles:
     if info.type == fs.FileType.File:
         Ignored(config).refuse_unmatched([])
         kind = "tables" if root.lower().endswith(TABLE_SUFFIXES) else "texts"
-        return DataFiles(system, root, kind, {"train": [Placed("")]}, ("",), ())
+        return DataFiles(system, root, kind, {"train": [Placed("")]})
     return _find_in_folder(system, root, config)
 
 
@@ -110,61 +111,70 @@ def image_suffixes() -> tuple[str, ...]:
 
 
 def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> DataFiles:
-    ignored, where = Ignored(config), config.name
+    ignored, where, notes = Ignored(config), config.name, ()
     listing = list_folder(system, root)
+    chosen, folders, circles, dangling = (
+        [path for path in paths if not ignored.matches(path)]
+        for paths in (listing.files, listing.folders, listing.circles, listing.dangling)
+    )
+    if broken := [link for link in dangling if not _is_hidden(link)]:
+        refuse(where, f"links to nothing, {some(broken)}", "fetch what they stand for", ignore=broken[0])
+    files = [path for path in chosen if not _is_hidden(path)]
     left_out: LeftOut = defaultdict(list)
-    visible = _sift(listing, ignored, where, left_out)
-    kind, paths = _paths_by_kind(visible, ignored, where, left_out)
-    refuse_copies({path: visible.files[path].size for path in paths}, where=where)
-    if broken := [link for link in left_out[_DANGLING] if link.lower().endswith(_SUFFIXES[kind])]:
-        raise _links_to_nothing(where, broken)
-    masks_layout, notes = None, ()
+    left_out["ignored"] = sorted(listing.files.keys() - chosen)
+    left_out["hidden"] = [path for path in chosen if _is_hidden(path)]
+    left_out["hidden"] += [folder for folder in folders if PurePosixPath(folder).name.startswith(".")]
+    left_out["links back to a folder they lie in"] = circles
+    kind, paths = _paths_by_kind(files, left_out, where)
+    if not paths:
+        ignored.refuse_unmatched([*folders, *files])
+        contents = _in_words(left_out, files)
+        raise ValueError(
+            f"data.name = {where}: the folder holds neither {', '.join((*TABLE_SUFFIXES, *TEXT_SUFFIXES))} files nor "
+            f"folders of images{f', only {contents}' if contents else ''}: give the path of either"
+        )
+    refuse_copies({path: listing.files[path] for path in paths}, where=where)
+    visible = [folder for folder in folders if not _is_hidden(folder)]
+    masks_layout = None
     if kind != "images":
-        _refuse_logged([*visible.folders, *visible.files, *left_out["hidden"]], where)
+        _refuse_logged([*visible, *files, *left_out["hidden"]], where)
         layout = lay_out_tables(paths, where=where, label_column=config.label_column)
     elif masks_layout := lay_out_masks(paths, image_word=config.image_column, mask_word=config.target, where=where):
         layout, left_out["masks without an image"] = masks_layout
     else:
-        innermost = {path.rpartition("/")[0] for path in paths}
-        holding = innermost | {str(parent) for folder in innermost for parent in PurePosixPath(folder).parents}
-        empty = [folder for folder in visible.folders if folder not in holding]
+        holding = {str(folder) for path in paths for folder in PurePosixPath(path).parents}
+        empty = [folder for folder in visible if folder not in holding]
         layout = lay_out_images(paths, empty=empty, where=where, label_column=config.label_column)
-    layout = _without_doubles(layout, visible.files, os.path.realpath(root), where, left_out)
+    if listing.links:
+        layout = _without_doubles(layout, root, where, left_out)
     in_order: Layout = {split: layout[split] for split in get_args(SplitName) if split in layout}
     chosen_layout = ignored.without(in_order)
     left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen_layout for file in layout[split]]
-    ignored.refuse_unmatched([*layout, *visible.folders, *visible.files])
+    ignored.refuse_unmatched([*layout, *visible, *files])
     if kind == "images" and not masks_layout:
         notes = folders_shared_by_classes(chosen_layout, where=where)
-    summary = _in_words(left_out, visible.files.keys() - {*paths})
+    summary = _in_words(left_out, set(files).difference(paths))
     if "train" not in chosen_layout:
         missing, present = ("train folder", chosen_layout) if kind == "images" else ("training files", paths)
         suffix = f"; left out: {summary}" if summary else ""
         raise ValueError(f"data.name = {where}: no {missing}, only {some(present)}{suffix}")
     if masks_layout:
         refuse_without_masks(chosen_layout, where=where)
-    placed = [file for members in chosen_layout.values() for file in members]
-    return DataFiles(
-        system=system,
-        root=root,
-        kind=kind,
-        layout=with_values(chosen_layout),
-        paths=tuple(path for file in placed for path in (file.path, file.mask) if path),
-        notes=(Note(f"left out: {summary}"), *notes) if summary else notes,
-    )
+    notes = (Note(f"left out: {summary}"), *notes) if summary else notes
+    return DataFiles(system, root, kind, with_values(chosen_layout), notes)
 
 
-def _paths_by_kind(visible: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> tuple[Kind, list[str]]:
-    """Return what a folder is read as, and the paths of those files.
+def _paths_by_kind(files: Sequence[str], left_out: LeftOut, where: str) -> tuple[Kind, list[str]]:
+    """Return what a folder is read as, and the paths of those files; none if it holds nothing to read.
 
     Raises:
-        ValueError: if it holds nothing to read, or tables and folders of images.
+        ValueError: if it holds tables and folders of images.
     """
-    images = [path for path in visible.files if path.lower().endswith(image_suffixes())]
+    images = [path for path in files if path.lower().endswith(image_suffixes())]
     in_folders = [path for path in images if "/" in path]
-    tables = _sift_tables(visible.files, left_out, ARROW_SUFFIXES)
+    tables = _sift_tables(files, left_out, ARROW_SUFFIXES)
     if not tables and not in_folders:  # beside Arrow tables and folders of images, CSV and text files describe those
-        tables = _sift_tables(visible.files, left_out, tuple(DELIMITERS))
+        tables = _sift_tables(files, left_out, tuple(DELIMITERS))
     if tables and in_folders:
         raise ValueError(
             f"data.name = {where} holds tables ({some(tables)}) and folders of images ({some(in_folders)}): leave one "
@@ -172,46 +182,7 @@ def _paths_by_kind(visible: Listing, ignored: Ignored, where: str, left_out: Lef
         )
     if tables or images:
         return ("tables", tables) if tables else ("images", images)
-    if texts := [path for path in visible.files if path.lower().endswith(TEXT_SUFFIXES)]:
-        return "texts", texts
-    ignored.refuse_unmatched([*visible.folders, *visible.files])
-    contents = _in_words(left_out, visible.files)
-    raise ValueError(
-        f"data.name = {where}: the folder holds neither {', '.join((*TABLE_SUFFIXES, *TEXT_SUFFIXES))} files nor "
-        f"folders of images{f', only {contents}' if contents else ''}: give the path of either"
-    )
-
-
-def _sift(listing: Listing, ignored: Ignored, where: str, left_out: LeftOut) -> Listing:
-    """Return a listing's files and folders without those that are ignored or hidden, which go to `left_out`.
-
-    Raises:
-        ValueError: for broken links whose names are those of tables, images or folders.
-    """
-    files: dict[str, ListedFile] = {}
-    for path, file in listing.files.items():
-        if ignored.matches(path):
-            left_out["ignored"].append(path)
-        elif not _is_hidden(path):
-            files[path] = file
-        else:
-            left_out["hidden"].append(path)
-    folders, circles, dangling = (
-        [path for path in paths if not ignored.matches(path)]
-        for paths in (listing.folders, listing.circles, listing.dangling)
-    )
-    left_out["hidden"] += [folder for folder in folders if PurePosixPath(folder).name.startswith(".")]
-    left_out["links back to a folder they lie in"] += circles
-    left_out[_DANGLING] += dangling
-    suffixes = ("", *ARROW_SUFFIXES, *image_suffixes())
-    visible = [link for link in dangling if not _is_hidden(link)]
-    if broken := [link for link in visible if PurePosixPath(link).suffix.lower() in suffixes]:
-        raise _links_to_nothing(where, broken)
-    return Listing(files, tuple(folder for folder in folders if not _is_hidden(folder)))
-
-
-def _links_to_nothing(where: str, links: Sequence[str]) -> ValueError:
-    return ValueError(f"data.name = {where}: links to nothing, {some(links)}: fetch what they stand for")
+    return "texts", [path for path in files if path.lower().endswith(TEXT_SUFFIXES)]
 
 
 def _refuse_logged(paths: Iterable[str], where: str) -> None:
@@ -245,33 +216,24 @@ def _sift_tables(files: Iterable[str], left_out: LeftOut, suffixes: tuple[str, .
     return tables
 
 
-def _without_doubles(
-    layout: Layout, files: Mapping[str, ListedFile], real_root: str, where: str, left_out: LeftOut
-) -> Layout:
+def _without_doubles(layout: Layout, root: str, where: str, left_out: LeftOut) -> Layout:
     """Return the layout with each file once, even if several links lead to it.
 
     Raises:
         ValueError: for a file that links put into two splits or classes.
     """
-    linked = {files[file.path].real_path for members in layout.values() for file in members} - {None}
-    if not linked:
-        return layout
-    first_by_path: dict[str, tuple[SplitName, Placed]] = {}
-    unique: Layout = {}
     placed: list[tuple[SplitName, Placed]] = [(split, file) for split, members in layout.items() for file in members]
-    for split, file in sorted(placed, key=lambda pair: files[pair[1].path].real_path is not None):
-        real_path = files[file.path].real_path or f"{real_root}/{file.path}"
-        first_split, first = first_by_path.setdefault(real_path, (split, file))
+    real_paths = {file.path: os.path.realpath(f"{root}/{file.path}") for _, file in placed}
+    first_by_path: dict[str, tuple[SplitName, Placed]] = {}
+    for split, file in sorted(placed, key=lambda pair: not real_paths[pair[1].path].endswith(f"/{pair[1].path}")):
+        first_split, first = first_by_path.setdefault(real_paths[file.path], (split, file))
         if (first_split, first.class_name, first.columns) != (split, file.class_name, file.columns):
-            raise ValueError(
-                f"data.name = {where}: {first.path} and {file.path} are one file by a link, in two splits or classes: "
-                f"remove one, or leave it out with --data.ignored {shlex.quote(file.path)}"
-            )
-        if first is file:
-            unique.setdefault(split, []).append(file)
-        else:
+            text = f"{first.path} and {file.path} are one file by a link, in two splits or classes"
+            refuse(where, text, "remove one", ignore=file.path)
+        if first is not file:
             left_out["links to files that are read"].append(file.path)
-    return {split: sorted(unique[split], key=lambda file: file.path) for split in layout if split in unique}
+    doubles = {*left_out["links to files that are read"]}
+    return {split: [file for file in members if file.path not in doubles] for split, members in layout.items()}
 
 
 def _in_words(left_out: LeftOut, others: Iterable[str]) -> str:

@@ -1,29 +1,29 @@
-"""Builds full sets of tables, texts and arrays: carves splits, fits the task on training rows, stores all."""
+"""Builds full sets of images, tables, texts and arrays: carves splits, fits the task on training rows, stores all."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig, nearest
-from raysubset.data.columns import class_numbers
+from raysubset.data.decoding import Source, SourceSplit, decode_source
 from raysubset.data.findings import Findings
-from raysubset.data.full_set import FullSet
+from raysubset.data.full_set import FullSet, assembled, statistics_of_levels
 from raysubset.data.image_columns import images_of, masks_of
-from raysubset.data.image_sets import of_images
 from raysubset.data.images import as_images
+from raysubset.data.labels import number_classes
+from raysubset.data.layout import some
 from raysubset.data.row_groups import ImageGroups, TableGroups, TrainingColumns
-from raysubset.data.sources import Source, SourceSplit
-from raysubset.data.split import Split, SplitName, carve_splits, is_scalar, origin_of
-from raysubset.data.streamed import StreamedSplit, streaming_notes
+from raysubset.data.split import SPLITS, SplitName, carve_splits, origin_of
 from raysubset.data.tables import Tables, split_names
 from raysubset.data.targets import Targets, alike, mask_targets
+from raysubset.errors import listed
 from raysubset.events import Note
 from raysubset.tasks import (
     CrossEntropy,
+    ImageInputs,
     NextToken,
-    Task,
     Vocabulary,
     fit_columns,
     fit_own_task,
@@ -33,18 +33,83 @@ from raysubset.tasks import (
     windows_of,
 )
 
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+# The sets in which a shifted or mirrored image shows the same thing; digits do not.
+_AUGMENTED_NAMES = ("cifar10", "cifar100")
+
+_MOST_LISTED = 10  # classes named in one message
+
+
+def of_images(
+    source: Source, targets: Targets, config: DataConfig, task: TaskConfig, notes: Sequence[Note] = ()
+) -> FullSet:
+    """Build the full set of images and their targets. Splits of the source that have no targets are left out.
+
+    If config.streamed, training images are decoded once, for their shape and statistics, and not kept in memory.
+
+    Raises:
+        ValueError: for images or targets that cannot be used, with the way out.
+    """
+    source = {name: split for name, split in source.items() if name in targets.values}
+    rows, carving = carve_splits(targets.strata, config)
+    decoded = decode_source(source, rows, config.image_size)
+    height, width, _ = decoded.image_shape
+    if targets.kind == "masks":
+        targets = dataclasses.replace(targets, values=_masks_in_shape(targets.values, height, width))
+    mean, std = statistics_of_levels(decoded.levels)
+    cropped = config.augmentation == "crop_flip" or (config.augmentation == "auto" and config.name in _AUGMENTED_NAMES)
+    augmentation = "crop_flip" if cropped else "none"
+    inputs = ImageInputs(decoded.image_shape, mean, std, augmentation, decoded.grey_range)
+    learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
+
+    def stored(split: SplitName) -> dict[str, np.ndarray]:
+        images = {"image": decoded.images[split]} if split in decoded.images else {}
+        return images | targets.stored(origin_of(split, source), rows[split], learned)
+
+    notes = [*notes, *targets.notes, *carving, *decoded.notes]
+    if targets.kind == "classes":
+        labels: dict[SplitName, np.ndarray] = {
+            split: targets.values[origin_of(split, source)][numbers] for split, numbers in rows.items()
+        }
+        notes += _lacking(labels, targets.names)
+    tables: dict[SplitName, pa.Table] = {name: split.table for name, split in source.items()}
+    full_set = assembled(config, rows, stored, learned, notes, tables=tables, groups=decoded.groups)
+    if not task.is_class:
+        return full_set
+    if decoded.groups is not None:
+        raise ValueError(f"{task.name} is fitted on training rows, and data.streamed holds none: leave it out")
+    return dataclasses.replace(full_set, task=fit_own_task(task.name, full_set.train.arrays()))
+
+
+def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], height: int, width: int) -> dict[SplitName, np.ndarray]:
+    """Reshape masks to [N, H, W], with the height and width of the images. Masks of flat lists are [N, H * W]."""
+    for name, values in masks.items():
+        if values.shape[1:] not in ((height, width), (height * width,)):
+            shape = "x".join(map(str, values.shape[1:]))
+            raise ValueError(
+                f"masks of the {name} split are {shape}, its images {height}x{width}: give a class for each pixel; "
+                "--data.image-size resizes only encoded masks with their images"
+            )
+    return {name: values.reshape(-1, height, width) for name, values in masks.items()}
+
+
+def _lacking(labels: Mapping[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
+    """Yield a note on each split without examples of some classes."""
+    for name, numbers in labels.items():
+        absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
+        if len(absent):
+            examples = listed([class_names[number] for number in absent], most=_MOST_LISTED)
+            yield Note(f"the {name} split has no example of class {examples}", is_warning=True)
 
 
 def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
-    """Build the full set of tables, which learns from their columns.
+    """Build the full set of tables, which learns from their columns, or from their images.
 
     Raises:
         ValueError: for columns that cannot be features or targets, with the way out.
     """
     if tables.are_images:
         return _of_image_tables(tables, config, task)
-    targets = _targets_of_tables(tables, config, task)
+    targets = targets_of_tables(tables, config, task)
     rows, carving = carve_splits(targets.strata, config)
     assert isinstance(tables.streamed, TableGroups | None)
     carved: list[SplitName] = [split for split in SPLITS[1:] if split not in targets.values]
@@ -57,29 +122,26 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
         rows=rows["train"],
     )
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
-    splits, notes = {}, [*tables.notes, *targets.notes, *carving, *fitted]
-    for split in SPLITS:
-        origin = origin_of(split, targets.values)  # targets have no values of splits without labels
-        table, tensors = tables.splits[origin].take(pa.array(rows[split])), targets.stored(origin, rows[split], learned)
-        if streamed is None or split != "train":
-            columns = streamed.kept(split) if streamed and split in carved else table
-            features, encoding = inputs.encode(columns, where=f"the {split} split", rows=rows[split])
-            notes += encoding if split != "train" else ()  # fit_columns() noted what it filled in
-            tensors = {"inputs": features, **tensors}
-        splits[split] = Split.from_arrays(tensors, rows[split], _attributes(table, tensors))
-    train = splits["train"]
-    if tables.streamed is not None:
-        groups = dataclasses.replace(tables.streamed, inputs=inputs)
-        train, num_held = StreamedSplit(train, groups), splits["validation"].num_bytes + splits["test"].num_bytes
-        notes += streaming_notes(train, num_held)
-    return FullSet(config.name, train, splits["validation"], splits["test"], learned, tuple(notes))
+    notes = [*tables.notes, *targets.notes, *carving, *fitted]
+
+    def stored(split: SplitName) -> dict[str, np.ndarray]:
+        origin = origin_of(split, targets.values)
+        tensors = targets.stored(origin, rows[split], learned)
+        if streamed and split == "train":
+            return tensors
+        table = tables.splits[origin].take(pa.array(rows[split]))
+        table = streamed.kept(split) if streamed and split in carved else table
+        features, encoding = inputs.encode(table, where=f"the {split} split", rows=rows[split])
+        notes.extend(encoding if split != "train" else ())  # fit_columns() noted what it filled in
+        return {"inputs": features, **tensors}
+
+    groups = tables.streamed and dataclasses.replace(tables.streamed, inputs=inputs)
+    labelled: dict[SplitName, pa.Table] = {split: tables.splits[split] for split in targets.values}
+    return assembled(config, rows, stored, learned, notes, tables=labelled, groups=groups)
 
 
 def _of_image_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
-    stored = {"regression": "target", "segmentation": "mask"}.get(task.name, "label")
-    own = {"image", stored, "row", *tables.features, *tables.targets}
-    source: Source = {}
-    masks: dict[SplitName, np.ndarray] = {}
+    source, masks = Source(), dict[SplitName, np.ndarray]()
     for split, table in tables.splits.items():
         where, findings = f"the {split} split of {config.name}", Findings()
         if split == "train" and isinstance(tables.streamed, ImageGroups):
@@ -90,12 +152,13 @@ def _of_image_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Fu
             if task.name == "segmentation":
                 column = table.column(tables.targets[0])
                 masks[split] = masks_of(column, images, where, image_size=config.image_size)
-        names = [field.name for field in table.schema if is_scalar(field.type) and field.name not in own]
-        notes = tables.notes if split == "train" else ()
-        source[split] = SourceSplit(images, None, {name: table[name] for name in names}, notes, findings, where)
-    if task.name != "segmentation":
-        return of_images(source, config, task, _targets_of_tables(tables, config, task))
-    return of_images(source, config, task, mask_targets(masks, tables.targets, task, config.name))
+        names = [name for name in table.column_names if name not in ("image", *tables.features, *tables.targets)]
+        source[split] = SourceSplit(images, where, table.select(names), findings)
+    if task.name == "segmentation":
+        targets = mask_targets(masks, tables.targets, task, config.name)
+    else:
+        targets = targets_of_tables(tables, config, task)
+    return of_images(source, targets, config, task, tables.notes)
 
 
 def of_texts(
@@ -128,7 +191,7 @@ def of_texts(
     def stored(split: SplitName) -> dict[str, np.ndarray]:
         return {"tokens": table[windows[origin_of(split, windows)][rows[split]]]}
 
-    return _of_tensors(config, rows, stored, learned, [*notes, *cutting, *carving])
+    return assembled(config, rows, stored, learned, [*notes, *cutting, *carving])
 
 
 def _of_training(vocabulary: Vocabulary, windows: np.ndarray) -> tuple[Vocabulary, np.ndarray]:
@@ -157,7 +220,7 @@ def of_arrays(
         ValueError: for arrays that the task cannot use.
     """
     named = () if task.is_class else split_names("target", config.target, [*arrays["train"]])
-    texts = (*named, "label", "target")
+    texts = () if task.is_class else (*named, "label", "target")
     arrays = {
         split: {name: _storable(values, name, texts, config) for name, values in split_arrays.items()}
         for split, split_arrays in arrays.items()
@@ -173,7 +236,7 @@ def of_arrays(
         def unchanged(split: SplitName) -> dict[str, np.ndarray]:
             return {name: values[rows[split]] for name, values in arrays[origin_of(split, arrays)].items()}
 
-        return _of_tensors(config, rows, unchanged, learned, [*notes, *carving])
+        return assembled(config, rows, unchanged, learned, [*notes, *carving])
     is_masks = task.name == "segmentation" or ("mask" in train and not named)
     is_image = is_masks or config.image_column in train or config.image_column != DataConfig.image_column
     column = config.image_column if is_image else "inputs"
@@ -188,11 +251,6 @@ def of_arrays(
         )
     if column in named:
         raise ValueError(f"{column} is the input and --data.target: it cannot be learned from itself")
-    source: Source = {}
-    for split, split_arrays in arrays.items() if is_image else ():
-        where = f"the {split} split of {config.name}"
-        images, findings = as_images(split_arrays[column], where, config.image_size)
-        source[split] = SourceSplit(images, None, findings=findings, where=where)
     if is_masks:
         masks: dict[SplitName, np.ndarray] = {split: each[learned_names[0]] for split, each in arrays.items()}
         targets = mask_targets(masks, learned_names, task, config.name)
@@ -201,14 +259,14 @@ def of_arrays(
             split: pa.table(dict(pair for name in learned_names for pair in _columns_of(split_arrays[name], name)))
             for split, split_arrays in arrays.items()
         }
-        targets = _targets_of_tables(Tables(tables, (), tuple(tables["train"].column_names), ()), config, task)
+        targets = targets_of_tables(Tables(tables, (), tuple(tables["train"].column_names), ()), config, task)
     if unread := [name for name in train if name not in (column, *learned_names)]:
         verb = "are" if len(learned_names) > 1 else "is"
         text = f"{', '.join(learned_names)} {verb} learned from {column}"
         notes = [*notes, Note(f"arrays that are not used: {', '.join(unread)} ({text})")]
     if is_image:
-        source["train"] = dataclasses.replace(source["train"], notes=tuple(notes))
-        return of_images(source, config, task, targets)
+        source: Source = {split: _source_of_array(each[column], split, config) for split, each in arrays.items()}
+        return of_images(source, targets, config, task, notes)
     rows, carving = carve_splits(targets.strata, config)
     inputs = fit_tensors(train[column], rows["train"])
     if inputs.num_values is not None:
@@ -222,7 +280,16 @@ def of_arrays(
         values = inputs.standardised(values, where=f"the {split} split", rows=rows[split])
         return {inputs.column: values, **targets.stored(origin, rows[split], learned)}
 
-    return _of_tensors(config, rows, stored, learned, [*notes, *targets.notes, *carving])
+    return assembled(config, rows, stored, learned, [*notes, *targets.notes, *carving])
+
+
+def _source_of_array(values: np.ndarray, split: SplitName, config: DataConfig) -> SourceSplit:
+    where = f"the {split} split of {config.name}"
+    try:
+        images, findings = as_images(values, where, config.image_size)
+    except ValueError as error:
+        raise ValueError(f"{error}; arrays that are no images go by name: dict(inputs=…, label=…)") from error
+    return SourceSplit(images, where, findings=findings)
 
 
 def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataConfig) -> np.ndarray:
@@ -234,7 +301,12 @@ def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataC
     return values.astype(wider.get(values.dtype.name, values.dtype), copy=False)
 
 
-def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Targets:
+def targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Targets:
+    """Read the targets of tables: numbers, or classes, which number_classes() numbers.
+
+    Raises:
+        ValueError: for columns that the task cannot learn.
+    """
     if task.name == "regression":
         values: dict[SplitName, np.ndarray] = {
             split: target_numbers(table, tables.targets, where=f"the {split} split")
@@ -247,32 +319,16 @@ def _targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> 
             "or regression, name the column of its images with --data.image-column, or give data.name a function that "
             "returns arrays"
         )
-    labels, names, notes = class_numbers(tables)
-    return Targets("classes", labels, names, notes)
+    target, *others = tables.targets
+    if others:
+        raise ValueError(
+            f"classification learns one column, not {some(tables.targets)}: set --data.target to one, use --task "
+            "regression, or write a task of your own, which may learn several labels"
+        )
+    return Targets("classes", *number_classes({split: table.column(target) for split, table in tables.splits.items()}))
 
 
 def _columns_of(values: np.ndarray, name: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the named columns of an array [N] or [N, …], flattened. The names of several end in their numbers."""
     columns = values.reshape(len(values), -1).T
     return zip((name,) if len(columns) == 1 else (f"{name}_{k}" for k in range(len(columns))), columns, strict=True)
-
-
-def _attributes(table: pa.Table, tensors: Mapping[str, object]) -> dict[str, pa.Array]:
-    """Return the table's columns by which subsets can be cut."""
-    names = [field.name for field in table.schema if is_scalar(field.type)]
-    return {name: table.column(name).combine_chunks() for name in names if name not in {*tensors, "row"}}
-
-
-def _of_tensors(
-    config: DataConfig,
-    rows: Mapping[SplitName, np.ndarray],
-    stored: Callable[[SplitName], Mapping[str, np.ndarray]],
-    task: Task,
-    notes: Sequence[Note],
-) -> FullSet:
-    """Build the full set of the tensors that `stored` returns of each split's rows."""
-    train, validation, test = (
-        Split.from_arrays({k: np.ascontiguousarray(v) for k, v in stored(split).items()}, rows[split], {})
-        for split in SPLITS
-    )
-    return FullSet(config.name, train, validation, test, task, tuple(notes))

@@ -1,15 +1,18 @@
 """The full set: three splits, and the task to learn from them."""
 
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from raysubset.config import DataConfig
 from raysubset.data.examples import Examples, OwnAugmentation
-from raysubset.data.split import Split, SplitName
-from raysubset.data.streamed import WINDOW_BYTES, Batches, StreamedExamples, StreamedSplit
+from raysubset.data.row_groups import RowGroups
+from raysubset.data.split import SPLITS, Split, SplitName, is_scalar, origin_of
+from raysubset.data.streamed import WINDOW_BYTES, Batches, StreamedExamples, StreamedSplit, streaming_notes
 from raysubset.events import Note
 from raysubset.fingerprints import fingerprint
 from raysubset.quality import Quality
@@ -101,6 +104,38 @@ class FullSet:
         if num is None and isinstance(self.train, StreamedSplit):
             return min(num_bytes, 2 * WINDOW_BYTES)
         return num_bytes
+
+
+def assembled(
+    config: DataConfig,
+    rows: Mapping[SplitName, np.ndarray],
+    stored: Callable[[SplitName], Mapping[str, np.ndarray]],
+    task: Task,
+    notes: Iterable[Note],
+    *,
+    tables: Mapping[SplitName, pa.Table] | None = None,
+    groups: RowGroups | None = None,
+) -> FullSet:
+    """Build the full set of the tensors that `stored` returns for each split's rows.
+
+    Args:
+        rows: the rows of each split, in its own split of the source or in the source's training split.
+        tables: the splits of the source, whose scalars are kept as well.
+        groups: the files of training inputs that are streamed, and that `stored` leaves out.
+    """
+    splits = dict[SplitName, Split]()
+    for split in SPLITS:
+        tensors = {name: np.ascontiguousarray(values) for name, values in stored(split).items()}
+        table = tables[origin_of(split, tables)] if tables else pa.table({})
+        names = [field.name for field in table.schema if is_scalar(field.type) and field.name not in {*tensors, "row"}]
+        # take() copies: pickling a slice would include the buffers of the whole column.
+        taken = {name: table.column(name).take(pa.array(rows[split])).combine_chunks() for name in names}
+        splits[split] = Split.from_arrays(tensors, rows[split], taken)
+    train, validation, test = (splits[split] for split in SPLITS)
+    if groups is not None:
+        train = StreamedSplit(train, groups)
+        notes = [*notes, *streaming_notes(train, validation.num_bytes + test.num_bytes)]
+    return FullSet(config.name, train, validation, test, task, tuple(notes))
 
 
 def count_levels(images: np.ndarray) -> np.ndarray:

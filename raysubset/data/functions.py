@@ -11,9 +11,8 @@ import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
 from raysubset.data.columns import read_columns
+from raysubset.data.finding import DataFiles
 from raysubset.data.ignored import Ignored
-from raysubset.data.images import as_images
-from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.data.tables import Tables, choose_columns, holds_images
 from raysubset.errors import first_line
@@ -33,13 +32,10 @@ class Arrays:
     notes: tuple[Note, ...]
 
 
-Returned = Source | Tables | Arrays
-_Split = SourceSplit | pa.Table | dict[str, np.ndarray]
 _PAIR = ("input", "target")
-_KINDS = {SourceSplit: "images with labels", pa.Table: "a table", dict: "arrays"}
 
 
-def read_returned(config: DataConfig, task: str) -> Returned:
+def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
     """Call the function of data.name without arguments, and recognise what it returns for a task.
 
     It returns one of the following; or a dict of them with "train" and perhaps "validation" and "test"; or two pairs,
@@ -47,50 +43,41 @@ def read_returned(config: DataConfig, task: str) -> Returned:
 
     - an Arrow table, or another library's frame: of images if it has an image column, else of columns, which a user's
       own task gets as arrays;
-    - a pair of arrays: images and labels, or inputs and targets, which are then named "inputs" ("image" for uint8
-      images) and "target" ("mask" for an integer for each pixel);
+    - a pair of arrays, inputs and targets, which are then named "inputs" ("image" for images) and "target" ("label"
+      for a class for each image, "mask" for an integer for each pixel);
     - a dict of named arrays;
     - a torch Dataset with a length, whose items are such pairs or dicts.
 
     Raises:
         ValueError: if there is no such function, for what it raises, and if it returns anything else.
     """
-    returned: dict[SplitName, _Split] = {}
-    for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
-        returned[name] = _recognise(value, config, where, task)
-        first, kind = (_KINDS[type(returned[split])] for split in ("train", name))
-        if kind != first:
-            text = f"{config.name} returned {first} as its train split and {kind} as its {name} split"
-            raise ValueError(f"{text}: give all splits alike")
-    images: Source = {}
-    tables: dict[SplitName, dict[str, pa.Table]] = {}
-    arrays: dict[SplitName, dict[str, np.ndarray]] = {}
+    tables, arrays = dict[SplitName, dict[str, pa.Table]](), dict[SplitName, dict[str, np.ndarray]]()
     notes: list[Note] = []
-    for name, split in returned.items():
-        if isinstance(split, SourceSplit):
-            images[name] = split
-            continue
+    for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
+        split = _recognise(value, config, where, task)
         if isinstance(split, dict):
             arrays[name], num = split, len(next(iter(split.values())))
         else:
             tables[name], num = {f"the {name} split of {origin(config)}": split}, split.num_rows
         notes.append(Note(f"{name} split: {num} examples of {origin(config)}"))
-    if images:
-        return images
+    if tables and arrays:
+        text = f"{config.name} returned a table as its {', '.join(tables)} split and arrays as {', '.join(arrays)}"
+        raise ValueError(f"{text}: give all splits alike")
     if arrays:
-        _refuse_unlike(arrays, config)
+        image = None if ":" in task else config.image_column  # images of other sizes may be resized
+        _refuse_unlike(arrays, config, image)
         return Arrays(arrays, tuple(notes))
     chosen = choose_columns(tables, config, task)
     return dataclasses.replace(chosen, notes=(*notes, *chosen.notes))
 
 
-def read_table_arrays(config: DataConfig) -> Arrays:
+def read_table_arrays(files: DataFiles, config: DataConfig) -> Arrays:
     """Read the columns of a path's files as arrays, for a user's own task, like those of a frame that is returned.
 
     Raises:
         ValueError: as read_columns() does, and for columns that are no arrays of numbers.
     """
-    tables, notes = read_columns(config)
+    tables, notes = read_columns(files, config)
     arrays: dict[SplitName, dict[str, np.ndarray]] = {
         split: _named_arrays(_arrays_of(table), f"the {split} split of {config.name}")
         for split, table in tables.items()
@@ -167,8 +154,8 @@ def _are_arrays(values: Mapping[Any, Any]) -> bool:
     return all(isinstance(value, list) or getattr(value, "ndim", 0) for value in values.values())
 
 
-def _recognise(value: Any, config: DataConfig, where: str, task: str) -> _Split:
-    """Read a split as images with labels, a table of columns, or arrays."""
+def _recognise(value: Any, config: DataConfig, where: str, task: str) -> pa.Table | dict[str, np.ndarray]:
+    """Read a split as a table, or as named arrays."""
     if _is_dataset(value):
         value = _stacked(value, where)
     if hasattr(value, "__arrow_c_stream__") and not isinstance(value, pa.Table):
@@ -189,31 +176,16 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> _Split:
             f"{where} has {len(inputs) if inputs.ndim else 'no'} {'images' if inputs.ndim in (3, 4) else 'inputs'} but "
             f"labels of shape {targets.shape}: give one for each"
         )
-    if inputs.ndim in (3, 4) and targets.dtype.kind in "iuUSOb" and (targets.ndim == 1 or targets.shape[1:] == (1,)):
-        return _images(inputs, targets, config, where)
-    if inputs.ndim == 1:
-        inputs = inputs[:, np.newaxis]
-    is_image = inputs.dtype == np.uint8 and (inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[3] in (1, 3)))
+    is_uint8_image = inputs.dtype == np.uint8 and (inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[3] in (1, 3)))
+    is_label = targets.dtype.kind in "iuUOb" and targets.size == len(targets)  # Keras has CIFAR's labels as [N, 1]
     is_mask = inputs.ndim in (3, 4) and targets.dtype.kind in "iub" and targets.shape == inputs.shape[:3]
-    if is_image:
-        inputs, _ = as_images(inputs, where, None)  # resized with the other splits'
-    return _named_arrays({"image" if is_image else "inputs": inputs, "mask" if is_mask else "target": targets}, where)
-
-
-def _images(pixels: np.ndarray, numbers: np.ndarray, config: DataConfig, where: str) -> SourceSplit:
-    try:
-        images, findings = as_images(pixels, where, config.image_size)
-    except ValueError as error:
-        if pixels.dtype == np.uint8:
-            raise
-        raise ValueError(f"{error}; arrays that are no images go by name: dict(inputs=…, label=…)") from error
-    if numbers.ndim == 2:  # Keras has CIFAR's so
-        numbers = numbers[:, 0]
-    try:
-        values = pa.chunked_array([pa.array(numbers)])
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:  # objects of several types
-        raise ValueError(f"labels of {where} must be integers or class names: {error}") from error
-    return SourceSplit(images, values, findings=findings, where=where)
+    if is_uint8_image or (inputs.ndim in (3, 4) and is_label):
+        inputs = inputs[..., np.newaxis] if inputs.ndim == 3 else inputs
+        if is_label:
+            return _named_arrays({"image": inputs, "label": targets.reshape(-1)}, where)
+        return _named_arrays({"image": inputs, "mask" if is_mask else "target": targets}, where)
+    inputs = inputs[:, np.newaxis] if inputs.ndim == 1 else inputs
+    return _named_arrays({"inputs": inputs, "mask" if is_mask else "target": targets}, where)
 
 
 def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:
@@ -229,6 +201,8 @@ def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray
         array = _array(value, f"{name} of {where}")
         if not array.ndim or not len(array):
             raise ValueError(f"{name} of {where} has shape {array.shape}: give one entry an example, and one example")
+        if array.dtype.kind == "O" and all(isinstance(text, str) for text in array.flat):
+            array = array.astype(str)
         if array.dtype.kind not in "biufU":
             raise ValueError(f"{name} of {where} has type {array.dtype}: it must be numbers or texts")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -245,8 +219,10 @@ def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray
     return arrays
 
 
-def _refuse_unlike(arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig) -> None:
-    """Refuse splits whose arrays differ in names, in the shape of an example or in the kind of their numbers."""
+def _refuse_unlike(
+    arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, image: str | None = None
+) -> None:
+    """Refuse splits whose arrays differ in names, in the kind of their numbers, or in shape, except that of `image`."""
     train = arrays["train"]
     for split, other in arrays.items():
         if {*other} != {*train}:
@@ -255,8 +231,8 @@ def _refuse_unlike(arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config:
                 "give all splits alike"
             )
         for name, array in train.items():
-            train_kind, other_kind = ((each.shape[1:], each.dtype.kind) for each in (array, other[name]))
-            if train_kind != other_kind:
+            is_same_shape = name == image or array.shape[1:] == other[name].shape[1:]
+            if array.dtype.kind != other[name].dtype.kind or not is_same_shape:
                 raise ValueError(
                     f"{name} of {config.name} is {_shown(array)} in the train split and {_shown(other[name])} in the "
                     f"{split} split: give all splits alike"

@@ -32,9 +32,11 @@ class Ignored:
         """Return the splits that no pattern names. Patterns may name nothing but splits.
 
         Raises:
-            ValueError: as refuse_unmatched() does.
+            ValueError: as refuse_unmatched() does, and if the training split is named.
         """
         chosen = self.without(splits)
+        if "train" in splits and "train" not in chosen:
+            raise ValueError(f"data.ignored = train: {self._where} would have no training data left")
         self.refuse_unmatched(splits)
         return chosen
 

@@ -97,41 +97,36 @@ def lay_out_tables(paths: Sequence[str], *, where: str, label_column: str) -> La
     by_stem: dict[str, str] = {}
     for path in paths:
         if (other := by_stem.setdefault(str(PurePosixPath(path).with_suffix("")), path)) != path:
-            _refuse(where, f"{other} and {path} may be one table in two formats", "remove one", ignore=path)
+            refuse(where, f"{other} and {path} may be one table in two formats", "remove one", ignore=path)
+    names = {path: _read_names(path, where, label_column) for path in paths}
+    splits = _split_of_each({path: splits for path, (splits, _) in names.items()}, where)
     layout: Layout = defaultdict(list)
-    words: dict[str, dict[SplitName, str]] = {}
-    by_split: defaultdict[SplitName, dict[str, str]] = defaultdict(dict)  # for each word of the split, an example path
-    columns: dict[str, dict[str, str]] = {}
-    for path in paths:
-        words[path], columns[path] = _read_names(path, where, label_column)
-        for split, word in words[path].items():
-            by_split[split].setdefault(word, path)
-    _refuse_several(words, where, "rename it, or give data.name the folder")
-    for split, examples in by_split.items():
-        if len(examples) > 1:
-            path = [*examples.values()][-1]
-            _refuse(where, f"{' and '.join(examples.values())} both name the {split} split", "rename one", ignore=path)
-    unnamed = [path for path in paths if not words[path]]
-    names = dict.fromkeys(name for path in unnamed for name in (*path.split("/")[:-1], PurePosixPath(path).stem))
-    if pair := alike_but_for_split(names):
-        _refuse(where, f"{some(pair)} may name splits", "separate the word by a dash (my-train)", ignore=None)
-    for path, split in _split_of_each(words, where, "rename them (train-…)").items():
-        layout[split].append(Placed(path, columns=columns[path]))
+    for path, (_, columns) in names.items():
+        layout[splits[path]].append(Placed(path, columns=columns))
     return dict(layout)
 
 
-def _refuse_several(words: Mapping[str, Mapping[SplitName, str]], where: str, remedy: str) -> None:
+def _split_of_each(words: Mapping[str, Mapping[SplitName, str]], where: str) -> dict[str, SplitName]:
+    """Return the one split that each file or folder names. If none names one, all are training data.
+
+    Args:
+        words: for each path, the splits that its names contain, each with its word.
+    """
+    unnamed = [path for path, splits in words.items() if not splits]
+    if pair := alike_but_for_split(dict.fromkeys(part for path in unnamed for part in path.split("/"))):
+        refuse(where, f"{some(pair)} may name splits", "separate the word by a dash (my-train)", ignore=None)
+    examples: dict[SplitName, tuple[str, str]] = {}  # for each split, its word and the first path
     for path, splits in words.items():
         if len(splits) > 1:
-            _refuse(where, f"{path} names several splits ({', '.join(splits)})", remedy, ignore=path)
-
-
-def _split_of_each(words: Mapping[str, Mapping[SplitName, str]], where: str, remedy: str) -> dict[str, SplitName]:
-    """Return the one split that each path names. If none names one, all are training data."""
-    unnamed = [path for path, splits in words.items() if not splits]
-    if unnamed and (example := next((path for path, splits in words.items() if splits), None)):
-        text = f"{some(unnamed)} {'names' if len(unnamed) == 1 else 'name'} no split, as {example} does"
-        _refuse(where, text, remedy, ignore=unnamed[0])
+            refuse(where, f"{path} names several splits ({', '.join(splits)})", "rename it", ignore=path)
+        for split, word in splits.items():
+            first_word, first = examples.setdefault(split, (word, path))
+            if word != first_word:
+                refuse(where, f"{first} and {path} both name the {split} split", "rename one", ignore=path)
+    if unnamed and examples:
+        verb, example = "names" if len(unnamed) == 1 else "name", next(path for path in words if words[path])
+        text = f"{some(unnamed)} {verb} no split, as {example} does"
+        refuse(where, text, "rename it, as my-train does", ignore=unnamed[0])
     return {path: next(iter(splits)) if splits else "train" for path, splits in words.items()}
 
 
@@ -170,7 +165,7 @@ def _read_names(path: str, where: str, label_column: str) -> tuple[dict[SplitNam
             splits |= value_splits
         else:
             text = f"{folder} may name a split, but not which"
-            _refuse(where, text, "rename it (split=train, split=test)", ignore=folder)
+            refuse(where, text, "rename it (split=train, split=test)", ignore=folder)
     return splits | words_of_splits(PurePosixPath(path).stem), columns
 
 
@@ -189,29 +184,23 @@ def lay_out_images(paths: Sequence[str], *, empty: Sequence[str], where: str, la
     tops = _by_folder(paths, "", where)
     if not _has_splits(tops, depth=0):
         return {"train": _classes(tops, "", empty, where, label_column)}
-    unclear = [folder for folder in tops if len(words_of_splits(folder)) != 1]
-    if unclear:
-        text = f"folders {some(tops)} may be splits or classes: {some(unclear)} has no word of one split in its name"
-        remedy = "let all of them name splits, as my-train does, or none, as a class tests"
-        _refuse(where, text, remedy, ignore=unclear[0])
-    folders: dict[SplitName, str] = {}
+    split_of = _split_of_each({folder: words_of_splits(folder) for folder in tops}, where)
     layout: Layout = {}
     for folder, members in tops.items():
-        (split,) = words_of_splits(folder)
-        if split in folders:
-            text = f"folders {folders[split]} and {folder} both name the {split} split"
-            _refuse(where, text, "put them together", ignore=folder)
-        folders[split] = folder
+        split = split_of[folder]
+        if split in layout:
+            other = next(other for other in tops if split_of[other] == split)
+            refuse(where, f"{other} and {folder} both name the {split} split", "put them together", ignore=folder)
         inner = _by_folder(members, folder, where)
         if len(inner) == 1 and [*words_of_splits(next(iter(inner)))] == [split]:  # seg_train/seg_train, as zips unpack
             folder = f"{folder}/{next(iter(inner))}"
             inner = _by_folder(members, folder, where)
         if _has_splits(inner, depth=folder.count("/") + 1):
             text = f"folder {folder} names a split, and so do folders in it ({some(inner)})"
-            _refuse(where, text, "give data.name that folder, or leave one level", ignore=next(iter(inner)))
+            refuse(where, text, "give data.name that folder, or leave one level", ignore=next(iter(inner)))
         layout[split] = _classes(inner, folder, empty, where, label_column)
     if unread := [folder for folder in empty if "/" not in folder and words_of_splits(folder)]:
-        _refuse(where, f"folder {unread[0]} names a split and holds no image", "remove it", ignore=unread[0])
+        refuse(where, f"folder {unread[0]} names a split and holds no image", "remove it", ignore=unread[0])
     return layout
 
 
@@ -233,31 +222,27 @@ def lay_out_masks(
     """
     masks_words = (mask_word, f"{mask_word}s") if mask_word else _MASKS
     words = {"image": (image_word, f"{image_word}s"), "mask": masks_words}
-    files: list[tuple[str, str, str]] = []  # kind, the common part of an image's and its mask's path, and path
+    by_kind: dict[str, dict[str, str]] = {"image": {}, "mask": {}}  # paths by the part that image and mask share
+    doubles: list[tuple[str, str, str]] = []
     for path in paths:
-        parts = [(kind, common) for kind in words if (common := _without_word(path, words[kind])) is not None]
-        if len(parts) != 1:
+        found = [(kind, common) for kind in words if (common := _without_word(path, words[kind])) is not None]
+        if len(found) != 1:
             return None
-        files.append((*parts[0], path))
-    if len({kind for kind, _, _ in files}) == 1:
-        return None
-    by_kind: dict[str, dict[str, str]] = {"image": {}, "mask": {}}
-    for kind, common, path in files:
+        ((kind, common),) = found
         if (other := by_kind[kind].setdefault(common, path)) != path:
-            _refuse(where, f"{other} and {path} may be one {kind}", "remove one, or rename it", ignore=path)
+            doubles.append((other, path, kind))
     images, masks = by_kind["image"], by_kind["mask"]
+    if not images or not masks:
+        return None
+    for other, path, kind in doubles[:1]:
+        refuse(where, f"{other} and {path} may be one {kind}", "remove one, or rename it", ignore=path)
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in images.values())
+    split_of = _split_of_each({folder: words_of_splits(folder) for folder in folders}, where)
     layout: Layout = defaultdict(list)
-    examples = {common.rpartition("/")[0]: path for common, path in reversed(images.items())}
-    words_of: dict[str, dict[SplitName, str]] = {
-        path: {split: word for part in folder.split("/") for split, word in words_of_splits(part).items()}
-        for folder, path in examples.items()
-    }
-    _refuse_several(words_of, where, "rename its folders")
-    split_of = _split_of_each(words_of, where, "move it into one")
     for common, path in images.items():
-        names = (common, *(f"{common}_{each}" for each in words["mask"]))
+        names = (common, *(f"{common}_{each}" for each in masks_words))
         mask = next((masks.pop(name) for name in names if name in masks), None)
-        layout[split_of[examples[common.rpartition("/")[0]]]].append(Placed(path, mask=mask))
+        layout[split_of[path.rpartition("/")[0]]].append(Placed(path, mask=mask))
     return dict(layout), sorted(masks.values())
 
 
@@ -271,7 +256,7 @@ def refuse_without_masks(layout: Layout, *, where: str) -> None:
         example = next((image for members in layout.values() for image in members if image.mask), None)
         comparison = f", as {example.path} has {example.mask}" if example else ""
         text = f"{some(unmasked)} {'has' if len(unmasked) == 1 else 'have'} no mask{comparison}"
-        _refuse(where, text, "add what is missing", ignore=unmasked[0])
+        refuse(where, text, "add what is missing", ignore=unmasked[0])
 
 
 def _without_word(path: str, words: Sequence[str]) -> str | None:
@@ -300,7 +285,7 @@ def folders_shared_by_classes(layout: Layout, *, where: str) -> tuple[Note, ...]
             names = some(sorted(first))
             text = f"class folders {some(inner)} of the {split} split hold folders of the same names ({names})"
             if any(re.search(_ANY_WORD, name.lower()) for name in inner):
-                _refuse(where, text, "name splits by words of their own, as my-train and my-test do", ignore=None)
+                refuse(where, text, "name splits by words of their own, as my-train and my-test do", ignore=None)
             text += ": if those are the classes, give data.name a folder that holds them directly"
             return (Note(text, is_warning=True),)
     return ()
@@ -319,7 +304,7 @@ def refuse_copies(sizes: Mapping[str, int], *, where: str) -> None:
     for top, members in tops.items():
         if all(member and sizes.get(member) == sizes[f"{top}/{member}"] for member in members):
             text = f"{top} holds {some(members)} once more, with the same sizes"
-            _refuse(where, text, "remove the copy", ignore=top)
+            refuse(where, text, "remove the copy", ignore=top)
 
 
 def _by_folder(paths: Sequence[str], above: str, where: str) -> dict[str, list[str]]:
@@ -331,7 +316,7 @@ def _by_folder(paths: Sequence[str], above: str, where: str) -> dict[str, list[s
         if len(parts) < depth + 2:
             in_none = all("/" not in path for path in paths)
             ignore = None if in_none else above or path
-            _refuse(where, f"{path} lies in no class's folder", "move it into one", ignore=ignore)
+            refuse(where, f"{path} lies in no class's folder", "move it into one", ignore=ignore)
         folders[parts[depth]].append(path)
     return dict(folders)
 
@@ -358,7 +343,7 @@ def _classes(
     prefix = f"{above}/" if above else ""
     for folder in empty:
         if folder.startswith(prefix) and "/" not in folder[len(prefix) :]:
-            _refuse(where, f"folder {folder} holds no image", "remove it", ignore=folder)
+            refuse(where, f"folder {folder} holds no image", "remove it", ignore=folder)
     files = []
     for folder, paths in folders.items():
         _refuse_splits_of_a_class(paths, f"{prefix}{folder}", where)
@@ -376,10 +361,10 @@ def _refuse_splits_of_a_class(paths: Sequence[str], folder: str, where: str) -> 
     for parent, names in inner.items():
         if pair := alike_but_for_split(sorted(names)):
             text = f"{some(pair)} in the class folder {parent} name splits"
-            _refuse(where, text, f"put the classes into the splits ({pair[0]}/{folder})", ignore=pair[0])
+            refuse(where, text, f"put the classes into the splits ({pair[0]}/{folder})", ignore=pair[0])
 
 
-def _refuse(where: str, text: str, remedy: str, *, ignore: str | None) -> NoReturn:
+def refuse(where: str, text: str, remedy: str, *, ignore: str | None) -> NoReturn:
     """Raise the error that refuses a folder, with the ways out."""
     option = f", or leave it out with --data.ignored {shlex.quote(ignore.replace(',', '?'))}" if ignore else ""
     message = f"data.name = {where}: {text}: {remedy}{option}"

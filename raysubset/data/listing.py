@@ -2,8 +2,9 @@
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import fs
@@ -27,20 +28,12 @@ def locate(name: str) -> tuple[fs.FileSystem, str]:
 
 
 @dataclass(frozen=True)
-class ListedFile:
-    """A file below a listed folder."""
-
-    path: str  # relative to the listed folder, with "/" between its parts
-    size: int  # bytes
-    real_path: str | None = None  # the file that a link leads to; None without a link
-
-
-@dataclass(frozen=True)
 class Listing:
-    """All files and folders below a folder. Paths are relative to it."""
+    """All files and folders below a folder. Paths are relative to it, in their order, with "/" between the parts."""
 
-    files: Mapping[str, ListedFile]  # by path, in its order
-    folders: tuple[str, ...]  # ordered; hidden ones are listed but not entered
+    files: Mapping[str, int]  # the bytes of each file by path
+    folders: tuple[str, ...]  # hidden ones are listed but not entered
+    links: tuple[str, ...] = ()  # files and folders that are links, which are followed
     circles: tuple[str, ...] = ()  # links to a folder that contains them, not entered
     dangling: tuple[str, ...] = ()  # links to nothing
 
@@ -57,55 +50,46 @@ def list_folder(system: fs.FileSystem, root: str) -> Listing:
         infos = system.get_file_info(fs.FileSelector(root, recursive=True))
     except OSError as error:
         raise ValueError(f"{error.filename or root} cannot be listed: {error.strerror or error}") from error
-    files, folders = [], []
-    for info in infos:
-        path = info.path[len(root) :].lstrip("/")
-        if info.type == fs.FileType.Directory:
-            folders.append(path)
-        elif info.type == fs.FileType.File:
-            files.append(ListedFile(path, info.size or 0))
-    return _ordered(files, folders)
+    by_path = {info.path[len(root) :].lstrip("/"): info for info in sorted(infos, key=lambda info: info.path)}
+    files = {path: info.size or 0 for path, info in by_path.items() if info.type == fs.FileType.File}
+    return Listing(files, tuple(path for path, info in by_path.items() if info.type == fs.FileType.Directory))
 
 
 def _list_local(root: str) -> Listing:
-    files: list[ListedFile] = []
-    folders: list[str] = []
-    circles: list[str] = []
-    dangling: list[str] = []
+    files: dict[str, int] = {}
+    folders, links, circles, dangling = list[str](), list[str](), list[str](), list[str]()
 
-    def walk(folder: str, real_folder: str, entered: tuple[str, ...], through_link: bool) -> None:
-        """List one folder. `entered` are its real path and those of the folders around it."""
+    def walk(folder: str) -> None:
         with os.scandir(os.path.join(root, folder)) as entries:
             for entry in entries:
                 path = os.path.join(folder, entry.name)
                 _refuse_other_encodings(path)
-                is_link = entry.is_symlink()
                 try:
                     status = entry.stat()
                 except OSError:
-                    if not is_link:
+                    if not entry.is_symlink():
                         raise
                     dangling.append(path)
                     continue
-                real_path = os.path.realpath(entry.path) if is_link else os.path.join(real_folder, entry.name)
+                if entry.is_symlink():
+                    links.append(path)
                 if stat.S_ISREG(status.st_mode):
-                    real = real_path if is_link or through_link else None
-                    files.append(ListedFile(path, status.st_size, real))
+                    files[path] = status.st_size
                 elif stat.S_ISDIR(status.st_mode):
                     folders.append(path)
-                    if is_link and any(f"{around}/".startswith(f"{real_path.rstrip('/')}/") for around in entered):
+                    if entry.is_symlink() and _leads_back(entry.path):
                         circles.append(path)
                     elif not entry.name.startswith("."):
-                        walk(path, real_path, (*entered, real_path), through_link or is_link)
+                        walk(path)
 
-    real_root = os.path.realpath(root)
-    walk("", real_root, (real_root,), through_link=False)
-    return _ordered(files, folders, circles, dangling)
+    walk("")
+    return Listing(dict(sorted(files.items())), *(tuple(sorted(each)) for each in (folders, links, circles, dangling)))
 
 
-def _ordered(files: Iterable[ListedFile], *paths: Iterable[str]) -> Listing:
-    by_path = {file.path: file for file in sorted(files, key=lambda file: file.path)}
-    return Listing(by_path, *(tuple(sorted(each)) for each in paths))
+def _leads_back(link: str) -> bool:
+    """Return True if one of the folders that the link's path goes through, perhaps by links, lies in its target."""
+    target = os.path.realpath(link)
+    return any(Path(os.path.realpath(folder)).is_relative_to(target) for folder in Path(link).parents)
 
 
 def _refuse_other_encodings(path: str) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raysubset.config import DataConfig
+from raysubset.config import DataConfig, TaskConfig
+from raysubset.data.decoding import Source, SourceSplit
 from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.labels import named_labels
-from raysubset.data.sources import Source, SourceSplit
 from raysubset.data.split import SplitName
 from raysubset.data.tables import Tables, choose_columns
+from raysubset.data.targets import Targets, class_targets
 from raysubset.errors import first_line
 from raysubset.events import Note
 
@@ -70,31 +71,33 @@ def read_named_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tu
     return topics_by_split, tuple(notes)
 
 
-def read_named(config: DataConfig) -> Source:
+def read_named(config: DataConfig, task: TaskConfig) -> tuple[Source, Targets, tuple[Note, ...]]:
     """Read one of the data sets of images in config.DATA_NAMES.
 
     Raises:
-        ValueError: if its files are missing, damaged, or cannot be downloaded.
+        ValueError: if its files are missing, damaged, or cannot be downloaded, or if the task does not learn classes.
     """
-    if config.name == "digits":
-        Ignored(config).refuse_unmatched(())
-        return {"train": _digits(config)}
-    splits: dict[SplitName, bool] = {"train": True, "test": False}
-    return {name: _torchvision(config, train=is_train) for name, is_train in Ignored(config).chosen(splits).items()}
+    parts: dict[SplitName, bool] = {"train": True} if config.name == "digits" else {"train": True, "test": False}
+    source, labels, notes = Source(), dict[SplitName, pa.ChunkedArray](), list[Note]()
+    for split, is_train in Ignored(config).chosen(parts).items():
+        pixels, labels[split] = _digits() if config.name == "digits" else _torchvision(config, train=is_train)
+        images, _ = as_images(pixels, config.name, config.image_size)
+        source[split] = SourceSplit(images, config.name)
+        notes.append(Note(f"{split} split: {len(images)} examples of the named set {config.name}"))
+    return source, class_targets(labels, config, task), tuple(notes)
 
 
-def _digits(config: DataConfig) -> SourceSplit:
+def _digits() -> tuple[np.ndarray, pa.ChunkedArray]:
     package = importlib.util.find_spec("sklearn")
     assert package is not None
     assert package.origin is not None
     # the file of load_digits(); importing sklearn, which imports scipy, takes more than a second of a CPU
     rows = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
     pixels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # 0 to 16 in the source
-    images, _ = as_images(pixels, config.name, config.image_size)
-    return SourceSplit(images, pa.chunked_array([rows[:, -1].astype(np.int64)]))
+    return pixels, pa.chunked_array([rows[:, -1].astype(np.int64)])
 
 
-def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
+def _torchvision(config: DataConfig, *, train: bool) -> tuple[np.ndarray, pa.ChunkedArray]:
     name, root = config.name, Path(config.root).expanduser()
     files = torchvision_files(name, str(root))
     missing = [path for path in files if not path.exists()]
@@ -117,8 +120,7 @@ def _torchvision(config: DataConfig, *, train: bool) -> SourceSplit:
             f"{name} under {root} is damaged ({reason}): set --data.root to an intact copy, or remove "
             f"{files[0].parent} and fetch it again with --data.download"
         ) from error
-    images, _ = as_images(pixels, name, config.image_size)
-    return SourceSplit(images, named_labels(labels, class_names, name) if class_names else pa.chunked_array([labels]))
+    return pixels, named_labels(labels, class_names, name) if class_names else pa.chunked_array([labels])
 
 
 def _read(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ from raysubset.events import Note
 from raysubset.tasks.columns import is_string
 
 SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 Shapes = Mapping[str, tuple[int, ...]]  # the shape of each named tensor of one example
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 
-from raysubset.config import TaskConfig
+from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.full_set import count_levels
+from raysubset.data.labels import number_classes
 from raysubset.data.split import SplitName
 from raysubset.events import Note
 from raysubset.tasks import (
@@ -73,6 +75,21 @@ class Targets:
         if isinstance(task, Regression):
             return {"target": task.standardised(values)}
         return {"mask" if self.kind == "masks" else "label": np.ascontiguousarray(values)}
+
+
+def class_targets(labels: Mapping[SplitName, pa.ChunkedArray], config: DataConfig, task: TaskConfig) -> Targets:
+    """Number the classes of images as number_classes() does, which see.
+
+    Raises:
+        ValueError: also if the task learns something else.
+    """
+    if task.name != "classification" and not task.is_class:
+        raise ValueError(
+            f"{config.name} has images with classes, and --task {task.name} learns something else: give data.name "
+            "a Parquet or Arrow file with a column of numbers for regression, of masks for segmentation, a folder "
+            'of images/ and masks/, or a function of arrays, {"image": …, "target": …} or {"image": …, "mask": …}'
+        )
+    return Targets("classes", *number_classes(labels))
 
 
 def mask_in_row(split: SplitName, row: int) -> str:
