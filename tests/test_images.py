@@ -15,7 +15,7 @@ from PIL import Image
 from raysubset.config import DataConfig
 from raysubset.data import FullSet, load_full_set
 from raysubset.data.findings import Findings, choose_grey_range, level_notes
-from raysubset.data.images import DamagedImages, EncodedImages, as_images, decode
+from raysubset.data.images import EncodedImages, as_images, decode
 from raysubset.events import Note
 from raysubset.tasks import FULL_RANGE, GreyRange
 from tests.tiny import inputs_of
@@ -217,14 +217,12 @@ def test_damaged_images_are_named_together_until_there_are_ten(tmp_path: Path):
     good = encode(colours()[0])
     data = [good] * 50
     data[5], data[20], data[49] = good[:40], b"", good[:40]
-    with pytest.raises(
-        DamagedImages, match=r"^3 images cannot be decoded: image 5, image 20, image 49: cannot identify"
-    ):
+    with pytest.raises(ValueError, match=r"^3 images cannot be decoded: image 5, image 20, image 49: cannot identify"):
         found(*data)
     asked = []
-    with pytest.raises(DamagedImages, match=r"^at least 10 images cannot be decoded") as caught:
+    with pytest.raises(ValueError, match=r"^at least 10 images cannot be decoded") as caught:
         decode(EncodedImages(10_000, lambda number: asked.append(number) or b"", str), None)
-    assert len(caught.value.args) == 10
+    assert "0, 1, 2, 3, 4, 5, 6, 7, 8, 9: cannot identify" in str(caught.value)
     assert len(asked) < 2000
     table = pa.table({"image": data, "label": [0, 1] * 25})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=25)
@@ -232,7 +230,7 @@ def test_damaged_images_are_named_together_until_there_are_ten(tmp_path: Path):
         (False, r"3 images .*row 5 of .*row 20 of .*row 49 of"),
         (True, r"2 images .*row 5 .*row 20"),
     ):
-        with pytest.raises(DamagedImages, match=text):
+        with pytest.raises(ValueError, match=text):
             load(tmp_path / "a.parquet", streamed=streamed)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
+from PIL import Image, ImageFile
 from pyarrow import fs
 
 from raysubset.config import DataConfig
@@ -99,8 +100,6 @@ def find_files(config: DataConfig) -> DataFiles:
 
 def image_suffixes() -> tuple[str, ...]:
     """Return the suffixes of the formats whose pixels Pillow can read here, including installed plugins."""
-    from PIL import Image, ImageFile
-
     Image.init()
     readers = {kind: reader for kind, (reader, _) in Image.OPEN.items()}
     classes = {kind: reader for kind, reader in readers.items() if isinstance(reader, type)}

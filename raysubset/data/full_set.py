@@ -30,7 +30,7 @@ class FullSet:
     """A data set with three splits. It pickles by reference to Arrow's buffers, so Ray's workers read it in place."""
 
     name: str
-    train: Split | StreamedSplit
+    train: Split
     validation: Split
     test: Split
     task: Task  # fitted on the training split
@@ -81,7 +81,7 @@ class FullSet:
             device: the device of the tensors.
             augment: True: epochs draw the augmentation, for training.
         """
-        source: Split | StreamedSplit = getattr(self, split)
+        source: Split = getattr(self, split)
         augment = augment and self.is_ever_augmented
         return Examples(source.take(indices), self.task, augment, self.augmentation).to(device)
 
@@ -133,7 +133,7 @@ def assembled(
         splits[split] = Split.from_arrays(tensors, rows[split], taken)
     train, validation, test = (splits[split] for split in SPLITS)
     if groups is not None:
-        train = StreamedSplit(train, groups)
+        train = StreamedSplit(train.table, groups.shapes | dict(train.shapes), groups)
         notes = [*notes, *streaming_notes(train, validation.num_bytes + test.num_bytes)]
     return FullSet(config.name, train, validation, test, task, tuple(notes))
 

@@ -6,14 +6,12 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from raysubset.data.findings import FULL_RANGE, Findings, GreyRange
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of more than 8 bits
 _WIDEST = (-(2**15), 2**16 - 1)  # the range of 16 bits, signed or unsigned
@@ -34,21 +32,15 @@ _NUM_AHEAD = 1024  # images that are decoded ahead
 T = TypeVar("T")
 
 
-class DamagedImages(ValueError):
-    """The error for images that cannot be decoded. Its arguments are pairs of a name and a reason."""
-
-    def __init__(self, *damages: tuple[str, str]) -> None:
-        super().__init__(*damages)
-
-    def __str__(self) -> str:
-        if len(self.args) == 1:
-            ((image, reason),) = self.args
-            return f"{image} cannot be decoded: {reason}"
-        prefix = "at least " if len(self.args) >= _MOST_NAMED else ""
-        summary = ", ".join(f"{image} ({reason})" for image, reason in self.args)
-        if len(reasons := {reason for _, reason in self.args}) == 1:
-            summary = f"{', '.join(image for image, _ in self.args)}: {reasons.pop()}"
-        return f"{prefix}{len(self.args)} images cannot be decoded: {summary}"
+def _damaged(damages: list[tuple[str, str]]) -> ValueError:
+    """Return the error for images that cannot be decoded, given a name and a reason for each."""
+    if len(damages) == 1:
+        return ValueError(" cannot be decoded: ".join(damages[0]))
+    prefix = "at least " if len(damages) >= _MOST_NAMED else ""
+    summary = ", ".join(f"{image} ({reason})" for image, reason in damages)
+    if len(reasons := {reason for _, reason in damages}) == 1:
+        summary = f"{', '.join(image for image, _ in damages)}: {reasons.pop()}"
+    return ValueError(f"{prefix}{len(damages)} images cannot be decoded: {summary}")
 
 
 @dataclass(frozen=True)
@@ -138,21 +130,23 @@ def decode_masks(
             "resize both before, or encode the images as PNG"
         )
 
-    def decode_one(data: bytes, number: int) -> "_Image":
+    def decode_one(data: bytes, number: int) -> tuple[np.ndarray, Findings]:
         size = _size(images.read(number)) if isinstance(images, EncodedImages) else None
-        return _decode_mask(data, size, image_size)
+        return _decode_mask(data, size, image_size), Findings()
 
     return _decode_all(masks, decode_one)[0][..., 0]
 
 
-def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Image"]) -> tuple[np.ndarray, Findings]:
+def _decode_all(
+    encoded: EncodedImages, decode_one: Callable[[bytes, int], tuple[np.ndarray, Findings]]
+) -> tuple[np.ndarray, Findings]:
     """Decode all images to uint8 [N, H, W, C], with findings.
 
     Args:
-        decode_one: decodes an image, given its bytes and number.
+        decode_one: decodes an image, given its bytes and number, to [H, W, C], with findings.
     """
 
-    def decode_or_name(number: int) -> "_Image | str":
+    def decode_or_name(number: int) -> tuple[np.ndarray, Findings] | str:
         data = encoded.read(number)
         try:
             return decode_one(data, number)
@@ -160,8 +154,7 @@ def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Ima
             return str(error).partition(" <_io")[0] or type(error).__name__  # without the buffer that Pillow names
 
     images: np.ndarray | None = None
-    first, findings = None, Findings()
-    damages: list[tuple[str, str]] = []
+    findings, damages = Findings(), list[tuple[str, str]]()
     with closing(_in_threads(decode_or_name, encoded.num)) as decoded:
         for number, image in enumerate(decoded):
             if isinstance(image, str):
@@ -170,27 +163,23 @@ def _decode_all(encoded: EncodedImages, decode_one: Callable[[bytes, int], "_Ima
                     break
             if isinstance(image, str) or damages:
                 continue
-            if images is None or first is None:
-                images, first = np.empty((encoded.num, *image.pixels.shape), dtype=np.uint8), image
-            if image.pixels.shape[:2] != images.shape[1:3]:
-                raise ValueError(_differing(encoded, first, number, image))
-            if image.pixels.shape[2] > images.shape[3]:  # the first image with colours
-                images = np.repeat(images, image.pixels.shape[2], axis=3)
-            images[number] = image.pixels
-            findings += image.findings
+            pixels, image_findings = image
+            if images is None:
+                images = np.empty((encoded.num, *pixels.shape), dtype=np.uint8)
+            if pixels.shape[:2] != images.shape[1:3]:
+                first, other = (f"{height}x{width}" for height, width in (images.shape[1:3], pixels.shape[:2]))
+                raise ValueError(
+                    f"images differ in shape: {encoded.describe(0)} is {first}, {encoded.describe(number)} {other}: "
+                    "give --data.image-size to resize them"
+                )
+            if pixels.shape[2] > images.shape[3]:  # the first image with colours
+                images = np.repeat(images, pixels.shape[2], axis=3)
+            images[number] = pixels
+            findings += image_findings
     if damages:
-        raise DamagedImages(*damages)
+        raise _damaged(damages)
     assert images is not None
     return images, findings
-
-
-def _differing(encoded: EncodedImages, first: "_Image", number: int, other: "_Image") -> str:
-    shapes = [f"{height}x{width}" for height, width, _ in (first.pixels.shape, other.pixels.shape)]
-    names = encoded.describe(0), encoded.describe(number)
-    return (
-        f"images differ in shape: {names[0]} is {shapes[0]}, {names[1]} {shapes[1]}: "
-        "give --data.image-size to resize them"
-    )
 
 
 def _in_threads(work: Callable[[int], T], num: int) -> Generator[T, None, None]:
@@ -203,16 +192,8 @@ def _in_threads(work: Callable[[int], T], num: int) -> Generator[T, None, None]:
                 yield from values
 
 
-@dataclass(frozen=True)
-class _Image:
-    pixels: np.ndarray  # uint8 [H, W, 1 or 3]
-    findings: Findings
-
-
-def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -> _Image:
+def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -> tuple[np.ndarray, Findings]:
     """Decode to uint8 [H, W, 1] if the file is grey, else [H, W, 3], turned by its EXIF orientation."""
-    from PIL import Image, ImageOps
-
     try:
         opened = Image.open(io.BytesIO(data))
         has_deep_colours = opened.mode not in _DEEP_GREY and _has_deep_channels(opened)
@@ -236,13 +217,11 @@ def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -
     pixels = np.asarray(image if image_size is None else _resize(image, image_size))
     if _has_further_frames(opened):
         findings += Findings(num_animated=1)
-    return _Image(pixels if pixels.ndim == 3 else pixels[..., np.newaxis], findings)
+    return pixels if pixels.ndim == 3 else pixels[..., np.newaxis], findings
 
 
 def _size(data: bytes) -> tuple[int, int] | None:
     """Return (width, height) of an image after turning it by its EXIF orientation; None if it cannot be opened."""
-    from PIL import Image
-
     try:
         image = Image.open(io.BytesIO(data))
         is_on_its_side = image.getexif().get(_ORIENTATION, 1) in range(5, 9)
@@ -252,14 +231,12 @@ def _size(data: bytes) -> tuple[int, int] | None:
     return (height, width) if is_on_its_side else (width, height)
 
 
-def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | None) -> _Image:
+def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | None) -> np.ndarray:
     """Decode a mask to uint8 [H, W, 1] of its greys or palette numbers.
 
     Args:
         size: (width, height) of the mask's image.
     """
-    from PIL import Image, ImageOps
-
     mask = Image.open(io.BytesIO(data))
     if mask.format in _LOSSY or mask.mode not in _MASK_MODES:
         raise ValueError(f"{mask.format} of mode {mask.mode}: save the number of each pixel's class in a grey PNG")
@@ -271,10 +248,10 @@ def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | No
     if image_size is not None:
         resized = Image.fromarray(numbers.astype(np.uint8))
         numbers = np.asarray(ImageOps.fit(resized, (image_size, image_size), Image.Resampling.NEAREST))
-    return _Image(numbers.astype(np.uint8)[..., np.newaxis], Findings())
+    return numbers.astype(np.uint8)[..., np.newaxis]
 
 
-def _has_deep_channels(image: "Image.Image") -> bool:
+def _has_deep_channels(image: Image.Image) -> bool:
     """Return True if Pillow reads only the upper byte of 16 bits a channel."""
     for tile in getattr(image, "tile", ()):
         raw_mode = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
@@ -283,21 +260,19 @@ def _has_deep_channels(image: "Image.Image") -> bool:
     return False
 
 
-def _has_further_frames(image: "Image.Image") -> bool:
+def _has_further_frames(image: Image.Image) -> bool:
     try:
         return image.format in _WITH_FRAMES and bool(getattr(image, "is_animated", False))
     except (*_DAMAGE, EOFError):  # damage after the first frame, which is intact
         return False
 
 
-def _as_eight_bits(image: "Image.Image", grey_range: GreyRange | None) -> "tuple[Image.Image, Findings]":
+def _as_eight_bits(image: Image.Image, grey_range: GreyRange | None) -> tuple[Image.Image, Findings]:
     """Convert an image of deep greys to 256 of them, with findings.
 
     Raises:
         ValueError: for greys outside 16 bits, or outside the chosen range.
     """
-    from PIL import Image
-
     values = np.asarray(image)  # uint16 or int32
     lowest, highest = int(values.min()), int(values.max())
     if lowest < _WIDEST[0] or highest > _WIDEST[1]:
@@ -314,10 +289,8 @@ def _as_eight_bits(image: "Image.Image", grey_range: GreyRange | None) -> "tuple
     return Image.fromarray(levels), Findings(greys=(lowest, highest), num_transparent=int(np.any(is_clear)))
 
 
-def _on_white(image: "Image.Image") -> "tuple[Image.Image, bool]":
+def _on_white(image: Image.Image) -> tuple[Image.Image, bool]:
     """Lay an image on white. Return it, and True unless its alpha is opaque everywhere."""
-    from PIL import Image
-
     layer = image.convert("RGBA")
     if layer.getchannel("A").getextrema()[0] == 255:
         return image, False
@@ -326,16 +299,12 @@ def _on_white(image: "Image.Image") -> "tuple[Image.Image, bool]":
     return ground.convert("L" if image.mode in _GREY else "RGB"), True
 
 
-def _resize(image: "Image.Image", side: int) -> "Image.Image":
+def _resize(image: Image.Image, side: int) -> Image.Image:
     """Resize the shorter side and crop the centre, in one antialiased pass."""
-    from PIL import Image, ImageOps
-
     return ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
 
 
 def _resize_all(images: np.ndarray, side: int) -> np.ndarray:
-    from PIL import Image
-
     num, _, _, channels = images.shape
     resized = np.empty((num, side, side, channels), dtype=np.uint8)
 

@@ -3,7 +3,6 @@
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -89,29 +88,26 @@ class RowGroups(ABC):
     def tables(self, groups: Iterable[int], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the stored columns of one row group after another. Raises as read() does."""
         system, columns = locate(self.config.name)[0], [*(self.columns if columns is None else columns)]
-        with ExitStack() as opened:
-            current, parquet = -1, None
-            for group in groups:
-                path, number = self.paths[self.files[group]], int(self.numbers[group])
-                try:
-                    if parquet is None or self.files[group] != current:
-                        opened.close()
-                        file = opened.enter_context(system.open_input_file(path))
-                        parquet = pq.ParquetFile(file, page_checksum_verification=True)
-                        current = self.files[group]
-                    if self._has_changed(parquet, group):
-                        raise ValueError(f"{path} has changed since its row groups were counted: start a new run")
-                    table = parquet.read_row_group(number, columns=columns)
-                    table.validate(full=True)
-                except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-                    cause = f"perhaps it is damaged, or not every node can see it: {first_line(error)}"
-                    raise ValueError(f"row group {self.describe(group)} cannot be read, {cause}") from error
-                yield table
+        for number, members in itertools.groupby(groups, key=self.files.__getitem__):
+            where = path = self.paths[number]
+            try:
+                with system.open_input_file(path) as file:
+                    parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                    for group in members:
+                        where = f"row group {self.describe(group)}"
+                        self._refuse_changed(parquet.metadata, group)
+                        table = parquet.read_row_group(int(self.numbers[group]), columns=columns)
+                        table.validate(full=True)
+                        yield table
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+                cause = f"perhaps it is damaged, or not every node can see it: {first_line(error)}"
+                raise ValueError(f"{where} cannot be read, {cause}") from error
 
-    def _has_changed(self, parquet: pq.ParquetFile, group: int) -> bool:
-        metadata, number = parquet.metadata, int(self.numbers[group])
-        num_counted = self.starts[group + 1] - self.starts[group]
-        return number >= metadata.num_row_groups or metadata.row_group(number).num_rows != num_counted
+    def _refuse_changed(self, metadata: pq.FileMetaData, group: int) -> None:
+        number, num_counted = int(self.numbers[group]), self.starts[group + 1] - self.starts[group]
+        if number >= metadata.num_row_groups or metadata.row_group(number).num_rows != num_counted:
+            path = self.paths[self.files[group]]
+            raise ValueError(f"{path} has changed since its row groups were counted: start a new run")
 
     def describe(self, group: int) -> str:
         """Return the group's number and file, for messages."""
@@ -120,6 +116,11 @@ class RowGroups(ABC):
     def num_bytes_of_largest(self) -> int:
         """Return the decoded bytes of the largest row group, which a reader of any of its rows may have to hold."""
         return int(np.diff(self.starts).max()) * self.num_bytes_per_example
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of one example that is read."""
+        return {name: values.shape[1:] for name, values in self.empty(0).items()}
 
     @property
     def num_bytes_per_example(self) -> int:

@@ -17,8 +17,6 @@ from raysubset.tasks.columns import is_string
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
-Shapes = Mapping[str, tuple[int, ...]]  # the shape of each named tensor of one example
-
 
 @dataclass(frozen=True)
 class Split:
@@ -29,7 +27,7 @@ class Split:
     """
 
     table: pa.Table
-    shapes: Shapes
+    shapes: Mapping[str, tuple[int, ...]]  # of each tensor of one example
 
     @classmethod
     def from_arrays(
@@ -57,12 +55,11 @@ class Split:
     @property
     def num_bytes_per_example(self) -> int:
         """The bytes of an example's tensors."""
-        types = (self._values(name).type for name in self.shapes)
-        return sum(math.prod(s) * t.bit_width // 8 for s, t in zip(self.shapes.values(), types, strict=True))
+        return sum(values[:1].nbytes for values in self.arrays().values())
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the tensors, [N, …] each, as read-only views of the table's memory."""
-        return {name: self._values(name).to_numpy().reshape(-1, *shape) for name, shape in self.shapes.items()}
+        """Return the tensors in memory, [N, …] each, as read-only views of the table's."""
+        return {name: self._values(name).to_numpy().reshape(-1, *shape) for name, shape in self._held.items()}
 
     def attributes(self, name: str | None) -> pa.Table:
         """Return a table of columns by which subsets can be cut, with the column `name`."""
@@ -74,11 +71,15 @@ class Split:
         Without indices, return all in the table's own memory, which other processes may share: never write to it.
         """
         # Arrow's own DLPack, since torch.from_numpy warns of read-only memory.
-        tensors = {name: torch.from_dlpack(self._values(name)).view(-1, *shape) for name, shape in self.shapes.items()}
+        tensors = {name: torch.from_dlpack(self._values(name)).view(-1, *shape) for name, shape in self._held.items()}
         if indices is None:
             return tensors
         positions = torch.tensor(indices, dtype=torch.int64)
         return {name: values.index_select(0, positions) for name, values in tensors.items()}
+
+    @property
+    def _held(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: shape for name, shape in self.shapes.items() if name in self.table.column_names}
 
     def _values(self, name: str) -> pa.Array:
         (chunk,) = self.table.column(name).chunks

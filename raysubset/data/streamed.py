@@ -13,44 +13,20 @@ from torch import Tensor
 
 from raysubset.data.examples import Augmented, Examples, OwnAugmentation
 from raysubset.data.row_groups import RowGroups, TableGroups
-from raysubset.data.split import Shapes, Split
+from raysubset.data.split import Split
 from raysubset.events import Note
 from raysubset.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
-class StreamedSplit:
+class StreamedSplit(Split):
     """One split that holds only its targets and the source's own columns in memory. It pickles without inputs."""
 
-    held: Split  # without the tensors that the groups read
-    groups: RowGroups
-
-    @property
-    def table(self) -> pa.Table:
-        """The table of the held split, without the tensors that the groups read."""
-        return self.held.table
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    @property
-    def shapes(self) -> Shapes:
-        """The shape of each tensor of one example, held or read."""
-        return {name: values.shape[1:] for name, values in self.groups.empty(0).items()} | dict(self.held.shapes)
-
-    @property
-    def num_bytes(self) -> int:
-        """The bytes held in memory, and in the object store of each node that reads the split."""
-        return self.table.nbytes
+    groups: RowGroups  # which read the tensors that the table lacks
 
     @property
     def num_bytes_per_example(self) -> int:
-        """The bytes of an example's tensors."""
-        return self.groups.num_bytes_per_example + self.held.num_bytes_per_example
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Return the held tensors, [N, …] each, as read-only views of the table's memory."""
-        return self.held.arrays()
+        return self.groups.num_bytes_per_example + super().num_bytes_per_example
 
     def attributes(self, name: str | None) -> pa.Table:
         """Return a table of columns by which subsets can be cut, with the column `name`, which is read if not held.
@@ -83,7 +59,11 @@ class StreamedSplit:
         for place, part in zip(places, self.read([positions[place] for place in places]), strict=True):
             for name, values in part.items():
                 tensors[name][place] = values
-        return {name: torch.from_numpy(values) for name, values in tensors.items()} | self.held.take(positions)
+        return {name: torch.from_numpy(values) for name, values in tensors.items()} | self.held(positions)
+
+    def held(self, positions: np.ndarray) -> dict[str, Tensor]:
+        """Return the tensors that are in memory, of some examples."""
+        return super().take(positions)
 
     def read(self, parts: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         """Yield the tensors that the groups read, [n, …] each, for one part after another. Raises as take() does.
@@ -123,7 +103,7 @@ def streaming_notes(train: StreamedSplit, num_held: int) -> list[Note]:
     Args:
         num_held: the bytes of validation and test examples.
     """
-    groups, (target, *_) = train.groups, train.held.shapes
+    groups, (target, *_) = train.groups, train.arrays()
     size = len(train) * train.num_bytes_per_example / 1e6
     text = (
         f"streamed: the {len(train)} training examples ({size:,.0f} MB as tensors) stay in {len(groups.numbers)} row "
@@ -270,7 +250,7 @@ class StreamedExamples(Augmented):
                 chunk = positions[:cut]
                 chunk_draws = None if draws is None else draws[torch.from_numpy(chunk)].to(self.device)
                 rows = {name: torch.from_numpy(values[:cut]) for name, values in tensors.items()}
-                rows |= self.split.held.take(chunk)
+                rows |= self.split.held(chunk)
                 examples = Examples(rows, self.task, self.augment, self.augmentation).to(self.device)
                 yield examples, chunk_draws, list(sizes[first:num_whole])
             tensors = {name: values[cut:].copy() for name, values in tensors.items()}
