@@ -1,8 +1,7 @@
 """Decodes a source's images, in memory or in one pass over streamed ones, with one range of greys for all splits."""
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +11,7 @@ from raysubset.data.findings import FULL_RANGE, Findings, GreyRange, choose_grey
 from raysubset.data.full_set import count_levels
 from raysubset.data.images import EncodedImages, decode
 from raysubset.data.row_groups import ImageGroups
-from raysubset.data.split import SplitName
+from raysubset.data.split import SplitName, origin_of
 from raysubset.events import Note
 
 
@@ -53,113 +52,87 @@ def decode_source(source: Source, rows: Mapping[SplitName, np.ndarray], image_si
     Raises:
         ValueError: for images that cannot be decoded or differ in height or width.
     """
-    decoded, findings, scanned = _decode_all(source, rows, image_size, None)
-    grey_range = choose_grey_range(sum(findings.values(), start=Findings()))
+    decoded = _decode_all(source, rows, image_size, None)
+    grey_range = choose_grey_range(sum(decoded.findings.values(), start=Findings()))
     if grey_range != FULL_RANGE:
-        del decoded, scanned  # frees their memory before the second decoding
-        decoded, findings, scanned = _decode_all(source, rows, image_size, grey_range)
-    shapes = {name: images.shape[1:] for name, images in decoded.items() if name in source}
-    if scanned:
-        shapes = {"train": scanned.image_shape, **shapes}
-    if len({shape[:2] for shape in shapes.values()}) > 1:
-        summary = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in shapes.items())
+        del decoded  # frees its memory before the second decoding
+        decoded = _decode_all(source, rows, image_size, grey_range)
+    if len({shape[:2] for shape in decoded.shapes.values()}) > 1:
+        summary = ", ".join(f"{name} {shape[0]}x{shape[1]}" for name, shape in decoded.shapes.items())
         raise ValueError(f"the splits' images differ in shape ({summary}): give --data.image-size to resize them")
-    notes = [note for name in findings for note in findings[name].notes(source[name].where, grey_range)]
-    height, width, channels = max(shapes.values())
-    grey = [name for name, shape in shapes.items() if shape[2] < channels]
+    notes = [note for name, split in source.items() for note in decoded.findings[name].notes(split.where, grey_range)]
+    image_shape = height, width, channels = max(decoded.shapes.values())
+    grey = [name for name, shape in decoded.shapes.items() if shape[2] < channels]
     notes += [Note(f"the {name} split is grey, others have colours: repeated to three channels") for name in grey]
+    notes += level_notes(levels := decoded.levels[:channels], has_rounded=decoded.findings["train"].has_rounded)
     images: dict[SplitName, np.ndarray] = {}
-    for name in rows:
-        if name in decoded or scanned is None:
-            values = decoded[name if name in decoded else "train"]
-            values = values if len(values) == len(rows[name]) else values[rows[name]]
-            images[name] = _repeated(values, channels, axis=3)
-    levels = scanned.levels if scanned else count_levels(images["train"])
-    notes += level_notes(levels, has_rounded=findings["train"].has_rounded)
-    image_shape, groups = (height, width, channels), source["train"].images
-    if isinstance(groups, ImageGroups):
-        groups = dataclasses.replace(groups, grey_range=grey_range, image_shape=image_shape)
-    else:
-        groups = None
-    return DecodedImages(images, groups, image_shape, _repeated(levels, channels, axis=0), grey_range, tuple(notes))
+    for name, parts in decoded.parts.items():
+        images[name] = _joined(parts, (len(rows[name]), height, width, channels))
+    groups = source["train"].images
+    is_streamed = isinstance(groups, ImageGroups)
+    groups = dataclasses.replace(groups, grey_range=grey_range, image_shape=image_shape) if is_streamed else None
+    return DecodedImages(images, groups, image_shape, levels, grey_range, tuple(notes))
 
 
-@dataclass(frozen=True)
-class _Scan:
-    """The results of one pass over streamed images."""
+@dataclass
+class _Decoded:
+    """The results of one pass over all images."""
 
-    image_shape: tuple[int, int, int]  # (H, W, C)
-    levels: np.ndarray  # int64 [C, 256], pixels of each grey level
-    kept: dict[SplitName, np.ndarray]  # uint8 [n, H, W, C]
-    findings: Findings
+    parts: dict[SplitName, list[np.ndarray]] = field(default_factory=dict)  # of a split's rows, uint8 [n, H, W, C]
+    shapes: dict[SplitName, tuple[int, int, int]] = field(default_factory=dict)  # (H, W, C) of the source's splits
+    findings: dict[SplitName, Findings] = field(default_factory=dict)  # likewise
+    levels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), np.int64))  # as three channels
 
 
 def _decode_all(
     source: Source, rows: Mapping[SplitName, np.ndarray], image_size: int | None, grey_range: GreyRange | None
-) -> tuple[dict[SplitName, np.ndarray], dict[SplitName, Findings], _Scan | None]:
-    """Return the images of each split of the source; if training images are streamed, of the carved splits instead."""
-    decoded: dict[SplitName, np.ndarray] = {}
-    findings: dict[SplitName, Findings] = {}
-    scanned = None
-    for name, split in source.items():
-        findings[name] = split.findings
-        if isinstance(split.images, ImageGroups):
-            groups = dataclasses.replace(split.images, grey_range=grey_range)
-            carved: dict[SplitName, np.ndarray] = {each: kept for each, kept in rows.items() if each not in source}
-            scanned = _scan(groups, counted=rows["train"], kept=carved)
-            findings[name] = scanned.findings
-            decoded |= scanned.kept
-        elif isinstance(split.images, EncodedImages):
-            decoded[name], findings[name] = decode(split.images, image_size, grey_range)
-        else:
-            decoded[name] = split.images
-    return decoded, findings, scanned
-
-
-def _scan(groups: ImageGroups, *, counted: np.ndarray, kept: Mapping[SplitName, np.ndarray]) -> _Scan:
-    """Decode every image once, a row group at a time, and keep the `kept` ones in memory.
-
-    Args:
-        counted: the rows whose grey levels are counted: the training split's.
-        kept: the ascending rows of each split that is held in memory.
+) -> _Decoded:
+    """Decode every image once, and keep all but streamed training rows.
 
     Raises:
-        ValueError: for images that cannot be decoded, those of the first such row group, or differ in height or width.
+        ValueError: for images that cannot be decoded, of streamed ones those of the first such row group, or that
+            differ in height or width.
     """
-    is_counted = np.zeros(groups.starts[-1], dtype=bool)
-    is_counted[counted] = True
-    levels: dict[int, np.ndarray] = {channels: np.zeros((channels, 256), dtype=np.int64) for channels in (1, 3)}
-    parts: defaultdict[SplitName, list[np.ndarray]] = defaultdict(list)
-    shape, num_channels, findings = None, 1, Findings()
-    filled = np.flatnonzero(np.diff(groups.starts)).tolist()
-    for group, table in zip(filled, groups.tables(filled), strict=True):
-        first = int(groups.starts[group])
-        file_start = int(groups.starts[np.flatnonzero(groups.files == groups.files[group])[0]])
-        path = groups.paths[groups.files[group]]
-        images, group_findings = groups.decode(groups.encoded(table, group), path, first_row=first - file_start)
-        findings += group_findings
-        if shape is not None and images.shape[1:3] != shape:
-            sizes = " and ".join(f"{height}x{width}" for height, width in (shape, images.shape[1:3]))
-            raise ValueError(
-                f"images of {groups.where} differ in shape ({sizes}): give --data.image-size to resize them"
-            )
-        shape, num_channels = images.shape[1:3], max(num_channels, images.shape[3])
-        levels[images.shape[3]] += count_levels(images[is_counted[first : first + len(images)]])
-        for name, rows in kept.items():
-            low, high = np.searchsorted(rows, (first, first + len(images)))
-            parts[name].append(images[rows[low:high] - first])
-    assert shape is not None
-    image_shape = (*shape, num_channels)
-    return _Scan(
-        image_shape,
-        levels=levels[3] + np.repeat(levels[1], 3, axis=0) if num_channels == 3 else levels[1],
-        kept={name: _joined(parts[name], (len(rows), *image_shape)) for name, rows in kept.items()},
-        findings=findings,
-    )
+    decoded = _Decoded()
+    for name, split in source.items():
+        decoded.findings[name], first = split.findings, 0
+        of_split: dict[SplitName, np.ndarray] = {each: rows[each] for each in rows if origin_of(each, source) == name}
+        for images, findings in _blocks(split, image_size, grey_range):
+            decoded.findings[name] += findings
+            shape = decoded.shapes.setdefault(name, images.shape[1:])
+            if images.shape[1:3] != shape[:2]:
+                sizes = " and ".join(f"{height}x{width}" for height, width in (shape[:2], images.shape[1:3]))
+                raise ValueError(
+                    f"images of {split.where} differ in shape ({sizes}): give --data.image-size to resize them"
+                )
+            decoded.shapes[name] = (*shape[:2], max(shape[2], images.shape[3]))
+            for each, numbers in of_split.items():
+                low, high = np.searchsorted(numbers, (first, first + len(images)))
+                part = images if high - low == len(images) else images[numbers[low:high] - first]
+                if each == "train":
+                    decoded.levels += count_levels(part)
+                if each != "train" or not isinstance(split.images, ImageGroups):
+                    decoded.parts.setdefault(each, []).append(part)
+            first += len(images)
+    return decoded
+
+
+def _blocks(
+    split: SourceSplit, image_size: int | None, grey_range: GreyRange | None
+) -> Iterator[tuple[np.ndarray, Findings]]:
+    """Yield a split's images, uint8 [n, H, W, 1 or 3], with what is found while they are decoded."""
+    if isinstance(split.images, ImageGroups):
+        yield from dataclasses.replace(split.images, grey_range=grey_range).blocks()
+    elif isinstance(split.images, EncodedImages):
+        yield decode(split.images, image_size, grey_range)
+    else:
+        yield split.images, Findings()
 
 
 def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """Join the parts into one array, with grey repeated to its channels. The parts are freed one by one."""
+    if len(parts) == 1 and parts[0].shape == shape:
+        return parts[0]
     joined, filled = np.empty(shape, dtype=np.uint8), 0
     parts.reverse()
     while parts:
@@ -167,8 +140,3 @@ def _joined(parts: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         joined[filled : filled + len(part)] = part
         filled += len(part)
     return joined
-
-
-def _repeated(values: np.ndarray, channels: int, *, axis: int) -> np.ndarray:
-    """Repeat the values of one channel to `channels`, unless there are as many already."""
-    return values if values.shape[axis] == channels else np.repeat(values, channels, axis=axis)

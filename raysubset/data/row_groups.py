@@ -149,26 +149,19 @@ class ImageGroups(RowGroups):
         return {"image": np.empty((num, *self.shape[1:]), dtype=np.uint8)}
 
     def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
-        column = self.encoded(table, group)
-        if len(rows) < len(column):
-            column = column.take(pa.array(rows))
-        images, _ = self.decode(column, f"those read of row group {self.describe(group)}")
+        images, _ = self._decode(table.take(pa.array(rows)), group, f"those read of row group {self.describe(group)}")
         return {"image": np.broadcast_to(images, (len(rows), *self.shape[1:]))}  # repeats grey among coloured images
 
-    def encoded(self, table: pa.Table, group: int) -> pa.ChunkedArray:
-        """Return the stored images of a row group's table, without decoding them."""
-        return image_column(table, self.config.image_column, self.paths[self.files[group]])
+    def blocks(self) -> Iterator[tuple[np.ndarray, Findings]]:
+        """Decode and yield all images by row group, uint8 [n, H, W, 1 or 3], with findings. Raises as read() does."""
+        filled = np.flatnonzero(np.diff(self.starts)).tolist()
+        for group, table in zip(filled, self.tables(filled), strict=True):
+            file = self.files[group]
+            first_row = int(self.starts[group] - self.starts[np.searchsorted(self.files, file)])
+            yield self._decode(table, group, self.paths[file], first_row)
 
-    def decode(self, column: pa.ChunkedArray, where: str, *, first_row: int = 0) -> tuple[np.ndarray, Findings]:
-        """Decode a part of the image column to uint8 [n, H, W, 1 or 3], with findings.
-
-        Args:
-            where: the name of the file in messages.
-            first_row: the number of the part's first row in that file.
-
-        Raises:
-            ValueError: for images that cannot be decoded.
-        """
+    def _decode(self, table: pa.Table, group: int, where: str, first_row: int = 0) -> tuple[np.ndarray, Findings]:
+        column = image_column(table, self.config.image_column, self.paths[self.files[group]])
         images, findings = images_of(column, where, image_size=self.config.image_size, first_row=first_row)
         if isinstance(images, EncodedImages):
             return decode(images, self.config.image_size, self.grey_range)
