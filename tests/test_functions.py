@@ -207,7 +207,7 @@ def test_a_table_without_images_is_one_of_columns(returned: Callable[..., Any]):
     for body in (f"return {table}", f"return dict(train={table}, test={table})"):
         found = returned(body)
         assert isinstance(found, Tables)
-        assert (found.features, found.targets) == (("a",), ("target",))
+        assert (found.choice.features, found.choice.targets) == (("a",), ("target",))
         assert str(found.notes[0]) == "train split: 6 examples of what own_rows:load returned"
     with pytest.raises(ValueError, match=r"split of what own_rows:load returned has no column aa: .*did you mean a"):
         returned(f"return {table}", target="target", columns="aa")

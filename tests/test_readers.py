@@ -28,7 +28,7 @@ from raysubset.data.images import EncodedImages, as_images
 from raysubset.data.images import decode as decode_images
 from raysubset.data.layout import lay_out_images, lay_out_tables
 from raysubset.data.listing import Listing, list_folder
-from raysubset.data.tables import needed_columns
+from raysubset.data.tables import choose_columns
 
 
 def random_images(num: int, height: int = 6, width: int = 6, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -1198,4 +1198,4 @@ def test_pickled_objects_in_a_table_are_refused_and_never_looked_at(nested: bool
     labels = pa.StructArray.from_arrays([column], ["a"]) if nested else column
     table = pa.table({"image": pa.array([b"x"] * 4), "label": labels})
     with pytest.raises(ValueError, match=r"column label of x\.parquet holds pickled Python objects"):
-        needed_columns(table.schema, "x.parquet", DataConfig(name="x.parquet"), "classification")
+        choose_columns(table.schema, "x.parquet", DataConfig(name="x.parquet"), "classification")

@@ -1,6 +1,5 @@
 """Tables by path: which columns are learned from which, by every format and layout; and text files."""
 
-import dataclasses
 import datetime
 from pathlib import Path
 from pydoc_data import topics
@@ -42,9 +41,10 @@ def read_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[No
     return files.read_texts(find_files(config), config)
 
 
-def classes_of(tables: Tables) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...]]:
-    targets = fitting.targets_of_tables(tables, DataConfig(), TaskConfig(name="classification"))
-    return targets.values, targets.names
+def classes_of(tables: Tables, *targets: str) -> tuple[dict[SplitName, np.ndarray], tuple[str, ...]]:
+    names, task = targets or tables.choice.targets, TaskConfig(name="classification")
+    learned = fitting.targets_of_tables(tables.splits, names, DataConfig(), task)
+    return learned.values, learned.names
 
 
 def of(path: Path, **settings: Any) -> DataConfig:
@@ -65,7 +65,7 @@ def test_every_format_holds_the_same_table(tmp_path: Path):
         assert is_of_columns(config)
         tables = read_tables(config)
         assert tables.splits["train"].to_pydict() == TABLE.to_pydict()
-        assert (tables.features, tables.targets) == (("age", "sex"), ("price",))
+        assert (tables.choice.features, tables.choice.targets) == (("age", "sex"), ("price",))
         assert texts_of(tables.notes) == f"train split: 3 examples of 1 file (a.{suffix})"
         assert len(entries(file_fingerprint(config))) == 1  # type: ignore[arg-type]
 
@@ -89,22 +89,22 @@ def test_a_folder_of_a_hive_key_is_a_column(tmp_path: Path):
         assert is_of_columns(config)
         tables = read_tables(config)
         assert tables.splits["train"].column("sex").to_pylist() == ["f", "m"]
-        assert tables.features == ("age", "price")
+        assert tables.choice.features == ("age", "price")
 
 
 def test_the_target_is_named_or_found(tmp_path: Path):
     path = tmp_path / "a.csv"
     path.write_text("a,label,b\n1,0,2\n")
     tables = read_tables(of(path))
-    assert (tables.targets, tables.features) == (("label",), ("a", "b"))
+    assert (tables.choice.targets, tables.choice.features) == (("label",), ("a", "b"))
     assert "the column label is learned; --data.target names another" in texts_of(tables.notes)
-    assert read_tables(of(path, target="a, b")).targets == ("a", "b")
-    assert read_tables(of(path, columns="b,a")).features == ("b", "a")
+    assert read_tables(of(path, target="a, b")).choice.targets == ("a", "b")
+    assert read_tables(of(path, columns="b,a")).choice.features == ("b", "a")
     path.write_text('"a, b",target\n1,0\n')
-    assert read_tables(of(path, columns="a, b")).features == ("a, b",)
+    assert read_tables(of(path, columns="a, b")).choice.features == ("a, b",)
     path.write_text(",Unnamed: 0,a,target\n0,0,7,0\n")
     tables = read_tables(of(path))
-    assert tables.features == ("a",)
+    assert tables.choice.features == ("a",)
     assert "row numbers that pandas wrote are left out: '', 'Unnamed: 0'" in texts_of(tables.notes)
 
 
@@ -208,7 +208,7 @@ def test_classes_are_numbered_whatever_the_targets_type(tmp_path: Path):
         numbers([5, 70, 900, 5], [5])
     tables = read_tables(of(tmp_path))
     with pytest.raises(ValueError, match=r"classification learns one column, not target, a: set --data.target to one"):
-        classes_of(dataclasses.replace(tables, targets=("target", "a")))
+        classes_of(tables, "target", "a")
 
 
 def test_a_target_that_is_no_class_is_refused(tmp_path: Path):
@@ -302,15 +302,17 @@ def test_dates_of_a_csv_file_become_seconds(tmp_path: Path):
 def test_scikit_learns_tables_are_read_as_it_gives_them(name: str):
     loaded: Any = getattr(datasets, f"load_{name}")(**({"scaled": False} if name == "diabetes" else {}))
     tables = read_named_table(DataConfig(name=name))
-    assert (tables.features, tables.targets) == (tuple(loaded.feature_names), ("target",))
+    assert (tables.choice.features, tables.choice.targets) == (tuple(loaded.feature_names), ("target",))
     table = tables.splits["train"]
-    np.testing.assert_array_equal([table.column(feature).to_numpy() for feature in tables.features], loaded.data.T)
+    np.testing.assert_array_equal(
+        [table.column(feature).to_numpy() for feature in tables.choice.features], loaded.data.T
+    )
     if name == "diabetes":
         assert target_numbers(table, ["target"])[:, 0].tolist() == loaded.target.tolist()
     else:
         labels, names = classes_of(tables)
         assert (labels["train"].tolist(), names) == (loaded.target.tolist(), tuple(loaded.target_names))
-    inputs, _ = fit_columns(table, tables.features, missing="refuse")
+    inputs, _ = fit_columns(table, tables.choice.features, missing="refuse")
     assert inputs.num_features == loaded.data.shape[1]
     assert kind_of(name) == "named"
     assert file_fingerprint(DataConfig(name=name)) is None

@@ -22,11 +22,11 @@ from raysubset.data.row_groups import ImageGroups, RowGroups, TableGroups, conca
 from raysubset.data.split import SplitName
 from raysubset.data.tables import (
     ROW_NUMBERS,
+    Choice,
     Tables,
     choose_columns,
     holds_images,
-    learned_columns,
-    needed_columns,
+    join_splits,
     refuse_absent,
     refuse_unreadable,
     split_names,
@@ -53,23 +53,24 @@ def read_tables(files: DataFiles, config: DataConfig, task: str = "classificatio
         ValueError: with the file, if there is nothing to read, or it is damaged or ambiguous.
     """
     _refuse_no_tables(files)
-    notes, streamed = [], None
-    needed = partial(needed_columns, config=config, task=task)
+    notes, streamed = list[Note](), None
+    first = files.layout["train"][0]
+    choice = choose_columns(read_schema(files, first), files.full_path(first), config, task)
     by_split: dict[SplitName, dict[str, pa.Table]] = {}
     for split, members in files.layout.items():
         if split == "train" and config.streamed:
-            tables, streamed = _stream(files, members, config, task)
-        elif config.columns is not None:
-            tables = read_files(files, members, needed)
+            tables, streamed = _stream(files, members, choice, config, task)
         else:
-            tables = read_files(files, members, needed, texts=(config.image_column,))
-            tables = {path: with_full_paths(table, config.image_column, path) for path, table in tables.items()}
+            needed = partial(choice.needed, is_train=split == "train")
+            tables = read_files(files, members, needed, texts=choice.features if choice.are_images else ())
+            if choice.are_images:
+                tables = {path: with_full_paths(table, config.image_column, path) for path, table in tables.items()}
         by_split[split] = tables
         num = sum(table.num_rows for table in tables.values())
         notes.append(Note(f"{split} split: {num} examples of {describe_files(files, members)}"))
-    chosen = choose_columns(by_split, config, task, streamed)
     read_file = partial(read_named_file, files.system, config.name)
-    return dataclasses.replace(chosen, notes=(*notes, *files.notes, *chosen.notes), read_file=read_file)
+    tables = join_splits(by_split, choice, config, (*notes, *files.notes), streamed)
+    return dataclasses.replace(tables, read_file=read_file)
 
 
 def read_columns(files: DataFiles, config: DataConfig) -> tuple[dict[SplitName, pa.Table], tuple[Note, ...]]:
@@ -97,33 +98,26 @@ def read_columns(files: DataFiles, config: DataConfig) -> tuple[dict[SplitName, 
 
 
 def _stream(
-    files: DataFiles, members: Sequence[Placed], config: DataConfig, task: str
+    files: DataFiles, members: Sequence[Placed], choice: Choice, config: DataConfig, task: str
 ) -> tuple[dict[str, pa.Table], RowGroups]:
     """Return a streamed split's tables by file, without their features, and the files of the features."""
     refuse_other_formats(files, members)
-    path, where = files.full_path(members[0]), f"the train split of {config.name}"
-    schema = read_schema(files, members[0])
-    are_images = holds_images(schema, config)
-    if are_images and task in ("regression", "segmentation"):
+    where, schemas = f"the train split of {config.name}", list[pa.Table]()
+    if choice.are_images and task in ("regression", "segmentation"):
         raise ValueError(
             f"data.streamed reads images with classes, and --task {task} learns something else: leave --data.streamed "
             "out to read them into memory"
         )
-    readable = needed_columns(schema, path, config, task)
-    _, features, _ = learned_columns(readable, config, task, path, are_images=are_images)
-    schemas: list[pa.Table] = []
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
-        names = needed_columns(schema, path, config, task)
-        refuse_absent(features, names, path)
-        if not are_images:
-            schemas.append(plain(schema.empty_table().select(features), config, path))
-        elif is_string(schema.field(config.image_column).type):
+        names = choice.needed(schema, path)
+        schemas.append(plain(schema.empty_table().select(choice.features), config, path))
+        if choice.are_images and is_string(schema.field(config.image_column).type):
             raise not_streamed(f"{path} holds the paths of images")
         return names
 
-    tables = read_files(files, members, needed, left_out=features)
-    if are_images:
+    tables = read_files(files, members, needed, left_out=choice.features)
+    if choice.are_images:
         return tables, ImageGroups.of_files(config, where, [*tables])
     schema = concatenated(schemas, where).schema
     return tables, TableGroups.of_files(config, where, [*tables], members=tuple(members), schema=schema)

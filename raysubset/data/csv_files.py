@@ -12,6 +12,7 @@ from raysubset.tasks.columns import is_number
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+HEADER_BYTES = 2**20  # in which the header ends
 _LARGEST_BLOCK = 2**31 - 1  # bytes
 _MOST_SHOWN = 60  # characters of a damaged line
 
@@ -28,8 +29,7 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
         ValueError: for a line with more or fewer values than the header, a missing header, or bytes that are not
             UTF-8.
     """
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path} is UTF-16: write it as UTF-8")
+    header(data[:HEADER_BYTES], path)
     delimiter = DELIMITERS[PurePosixPath(path).suffix.lower()]
     # Arrow infers types from the first block alone, so the whole file is one block.
     read_options = pa_csv.ReadOptions(block_size=min(len(data) + 1, _LARGEST_BLOCK), use_threads=True)
@@ -37,9 +37,6 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
     try:
         parse_options = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
         table = pa_csv.read_csv(pa.BufferReader(data), read_options, parse_options, convert_options)
-        _check_header(table.column_names, delimiter, path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the first line of {path} is not UTF-8: write it as UTF-8") from error
     except pa.ArrowInvalid:
         _refuse_damaged_line(data, delimiter, path)
         raise
@@ -54,23 +51,29 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
 
 
 def header(data: bytes, path: str) -> list[str]:
-    """Return the names of the columns, from the first bytes of a file."""
-    text = data.decode("utf-8-sig", errors="replace")
-    return next(csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[PurePosixPath(path).suffix.lower()]), [])
+    """Return the names of the columns, from the first bytes of a file.
 
-
-def _check_header(names: list[str], delimiter: str, path: str) -> None:
+    Raises:
+        ValueError: if they are no names, or not UTF-8.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is UTF-16: write it as UTF-8")
+    delimiter, text = DELIMITERS[PurePosixPath(path).suffix.lower()], data.decode("utf-8-sig", errors="replace")
+    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    if any("\ufffd" in name for name in names):
+        raise ValueError(f"the first line of {path} is not UTF-8: write it as UTF-8")
     numbers = [name for name in names if is_number(name)]
     if numbers and (len(numbers) == len(names) or not all(name.isdigit() for name in numbers)):
         raise ValueError(
             f"the first line of {path} should name the columns, and holds {', '.join(names[:5])}: write a header there"
         )
-    delimiters = [other for other in _NAMES if other != delimiter and other in names[0]]
+    delimiters = [other for other in _NAMES if other != delimiter and names and other in names[0]]
     if len(names) == 1 and delimiters:
         raise ValueError(
             f"{path} has one column, {names[0][:_MOST_SHOWN]!r}, with {_NAMES[delimiters[0]]} in it: values are "
             "separated by commas in .csv, by tabs in .tsv; write it so, or as Parquet"
         )
+    return names
 
 
 def _refuse_damaged_line(data: bytes, delimiter: str, path: str) -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
 from raysubset.config import DataConfig, TaskConfig
-from raysubset.data.csv_files import DELIMITERS, header, read_csv
+from raysubset.data.csv_files import DELIMITERS, HEADER_BYTES, header, read_csv
 from raysubset.data.decoding import Source, SourceSplit
 from raysubset.data.finding import TEXT_SUFFIXES, DataFiles, find_files
 from raysubset.data.image_columns import image_column, images_of, with_full_paths
@@ -25,7 +25,6 @@ from raysubset.tasks.columns import is_string
 
 Needed = Callable[[pa.Schema, str], Sequence[str]]  # maps a file's schema and path to the columns to read
 
-_HEADER_BYTES = 2**20  # of a CSV file, in which its header ends
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -187,7 +186,7 @@ def read_schema(files: DataFiles, member: Placed) -> pa.Schema:
         if path.lower().endswith(".parquet"):
             schema = pq.ParquetFile(file).schema_arrow
         elif path.lower().endswith(tuple(DELIMITERS)):
-            schema = pa.schema([(name, pa.string()) for name in header(file.read(_HEADER_BYTES), path)])
+            schema = pa.schema([(name, pa.string()) for name in header(file.read(HEADER_BYTES), path)])
         else:
             schema = _arrow_reader(file).schema
         return member.with_fields(schema)

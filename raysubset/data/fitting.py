@@ -107,16 +107,17 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
     Raises:
         ValueError: for columns that cannot be features or targets, with the way out.
     """
-    if tables.are_images:
+    choice = tables.choice
+    if choice.are_images:
         return _of_image_tables(tables, config, task)
-    targets = targets_of_tables(tables, config, task)
+    targets = targets_of_tables(tables.splits, choice.targets, config, task)
     rows, carving = carve_splits(targets.strata, config)
     assert isinstance(tables.streamed, TableGroups | None)
     carved: list[SplitName] = [split for split in SPLITS[1:] if split not in targets.values]
     streamed = tables.streamed and TrainingColumns(tables.streamed, rows, kept=carved)
     inputs, fitted = fit_columns(
         streamed or tables.splits["train"].take(pa.array(rows["train"])),
-        tables.features,
+        choice.features,
         missing=config.missing,
         where="the train split",
         rows=rows["train"],
@@ -141,7 +142,7 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
 
 
 def _of_image_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
-    source, masks = Source(), dict[SplitName, np.ndarray]()
+    source, masks, choice = Source(), dict[SplitName, np.ndarray](), tables.choice
     for split, table in tables.splits.items():
         where, findings = f"the {split} split of {config.name}", Findings()
         if split == "train" and isinstance(tables.streamed, ImageGroups):
@@ -150,14 +151,14 @@ def _of_image_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Fu
             column = table.column(config.image_column)
             images, findings = images_of(column, where, image_size=config.image_size, read_file=tables.read_file)
             if task.name == "segmentation":
-                column = table.column(tables.targets[0])
+                column = table.column(choice.targets[0])
                 masks[split] = masks_of(column, images, where, image_size=config.image_size)
-        names = [name for name in table.column_names if name not in ("image", *tables.features, *tables.targets)]
+        names = [name for name in table.column_names if name not in ("image", *choice.features, *choice.targets)]
         source[split] = SourceSplit(images, where, table.select(names), findings)
     if task.name == "segmentation":
-        targets = mask_targets(masks, tables.targets, task, config.name)
+        targets = mask_targets(masks, choice.targets, task, config.name)
     else:
-        targets = targets_of_tables(tables, config, task)
+        targets = targets_of_tables(tables.splits, choice.targets, config, task)
     return of_images(source, targets, config, task, tables.notes)
 
 
@@ -259,7 +260,7 @@ def of_arrays(
             split: pa.table(dict(pair for name in learned_names for pair in _columns_of(split_arrays[name], name)))
             for split, split_arrays in arrays.items()
         }
-        targets = targets_of_tables(Tables(tables, (), tuple(tables["train"].column_names), ()), config, task)
+        targets = targets_of_tables(tables, tables["train"].column_names, config, task)
     if unread := [name for name in train if name not in (column, *learned_names)]:
         verb = "are" if len(learned_names) > 1 else "is"
         text = f"{', '.join(learned_names)} {verb} learned from {column}"
@@ -301,31 +302,31 @@ def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataC
     return values.astype(wider.get(values.dtype.name, values.dtype), copy=False)
 
 
-def targets_of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> Targets:
-    """Read the targets of tables: numbers, or classes, which number_classes() numbers.
+def targets_of_tables(
+    tables: Mapping[SplitName, pa.Table], names: Sequence[str], config: DataConfig, task: TaskConfig
+) -> Targets:
+    """Read columns of each split's table as targets: numbers, or classes, which number_classes() numbers.
 
     Raises:
         ValueError: for columns that the task cannot learn.
     """
     if task.name == "regression":
-        values: dict[SplitName, np.ndarray] = {
-            split: target_numbers(table, tables.targets, where=f"the {split} split")
-            for split, table in tables.splits.items()
+        numbers: dict[SplitName, np.ndarray] = {
+            split: target_numbers(table, names, where=f"the {split} split") for split, table in tables.items()
         }
-        return Targets("numbers", values, tables.targets)
+        return Targets("numbers", numbers, tuple(names))
     if task.name != "classification" and not task.is_class:
         raise ValueError(
             f"{config.name} is a table, and --task {task.name} cannot be learned from its columns: use classification "
             "or regression, name the column of its images with --data.image-column, or give data.name a function that "
             "returns arrays"
         )
-    target, *others = tables.targets
-    if others:
+    if len(names) > 1:
         raise ValueError(
-            f"classification learns one column, not {some(tables.targets)}: set --data.target to one, use --task "
-            "regression, or write a task of your own, which may learn several labels"
+            f"classification learns one column, not {some(names)}: set --data.target to one, use --task regression, or "
+            "write a task of your own, which may learn several labels"
         )
-    return Targets("classes", *number_classes({split: table.column(target) for split, table in tables.splits.items()}))
+    return Targets("classes", *number_classes({split: table.column(names[0]) for split, table in tables.items()}))
 
 
 def _columns_of(values: np.ndarray, name: str) -> Iterator[tuple[str, np.ndarray]]:

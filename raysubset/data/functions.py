@@ -1,6 +1,5 @@
 """Reads data sets that a user's own `package.module:function` returns."""
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from raysubset.data.columns import read_columns
 from raysubset.data.finding import DataFiles
 from raysubset.data.ignored import Ignored
 from raysubset.data.split import SplitName
-from raysubset.data.tables import Tables, choose_columns, holds_images
+from raysubset.data.tables import Tables, holds_images, tables_in_memory
 from raysubset.errors import first_line
 from raysubset.events import Note
 from raysubset.tasks.columns import is_string
@@ -51,14 +50,14 @@ def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
     Raises:
         ValueError: if there is no such function, for what it raises, and if it returns anything else.
     """
-    tables, arrays = dict[SplitName, dict[str, pa.Table]](), dict[SplitName, dict[str, np.ndarray]]()
+    tables, arrays = dict[SplitName, tuple[str, pa.Table]](), dict[SplitName, dict[str, np.ndarray]]()
     notes: list[Note] = []
     for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
         split = _recognise(value, config, where, task)
         if isinstance(split, dict):
             arrays[name], num = split, len(next(iter(split.values())))
         else:
-            tables[name], num = {f"the {name} split of {origin(config)}": split}, split.num_rows
+            tables[name], num = (f"the {name} split of {origin(config)}", split), split.num_rows
         notes.append(Note(f"{name} split: {num} examples of {origin(config)}"))
     if tables and arrays:
         text = f"{config.name} returned a table as its {', '.join(tables)} split and arrays as {', '.join(arrays)}"
@@ -67,8 +66,7 @@ def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
         image = None if ":" in task else config.image_column  # images of other sizes may be resized
         _refuse_unlike(arrays, config, image)
         return Arrays(arrays, tuple(notes))
-    chosen = choose_columns(tables, config, task)
-    return dataclasses.replace(chosen, notes=(*notes, *chosen.notes))
+    return tables_in_memory(tables, config, task, notes)
 
 
 def read_table_arrays(files: DataFiles, config: DataConfig) -> Arrays:

@@ -103,7 +103,7 @@ def _load(config: DataConfig, task: TaskConfig, files: DataFiles | None) -> tupl
     else:
         returned = read_returned(config, task.name)
     if isinstance(returned, Tables):
-        return of_tables(returned, config, task), "images by name" if returned.are_images else "columns"
+        return of_tables(returned, config, task), "images by name" if returned.choice.are_images else "columns"
     full_set = of_arrays(returned.splits, config, task, returned.notes)
     if task.is_class:
         return full_set, "columns as arrays" if files else "arrays"

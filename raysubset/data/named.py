@@ -1,6 +1,5 @@
 """Reads data sets by name: those that come with scikit-learn and Python, and those that torchvision reads."""
 
-import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from raysubset.data.ignored import Ignored
 from raysubset.data.images import as_images
 from raysubset.data.labels import named_labels
 from raysubset.data.split import SplitName
-from raysubset.data.tables import Tables, choose_columns
+from raysubset.data.tables import Tables, tables_in_memory
 from raysubset.data.targets import Targets, class_targets
 from raysubset.errors import first_line
 from raysubset.events import Note
@@ -44,9 +43,8 @@ def read_named_table(config: DataConfig) -> Tables:
         names = pa.array([str(name) for name in loaded.target_names])
         target = pa.DictionaryArray.from_arrays(target.cast(pa.int32()), names)
     table = pa.table({**columns, "target": target})
-    tables = choose_columns({"train": {config.name: table}}, config, "classification")
     note = Note(f"train split: {table.num_rows} examples of the named set {config.name}")
-    return dataclasses.replace(tables, notes=(note, *tables.notes))
+    return tables_in_memory({"train": (config.name, table)}, config, "classification", [note])
 
 
 def read_named_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:

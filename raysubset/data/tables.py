@@ -1,6 +1,5 @@
-"""Chooses which columns of tables are images or features, which are targets, and joins the tables of some files."""
+"""Chooses which columns of tables are images or features and which are targets, and joins tables."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from raysubset.config import DataConfig, nearest
 from raysubset.data.image_columns import ReadFile, plain
 from raysubset.data.labels import UNLABELLED, named_labels
 from raysubset.data.layout import some
-from raysubset.data.row_groups import ImageGroups, RowGroups, concatenated
+from raysubset.data.row_groups import RowGroups, concatenated
 from raysubset.data.split import SplitName
 from raysubset.events import Note
 from raysubset.tasks.columns import kind_of_column
@@ -29,15 +28,35 @@ ROW_NUMBERS = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which columns of tables are learned from, and which are learned."""
+
+    features: tuple[str, ...]  # if they are images, their column alone
+    targets: tuple[str, ...]  # more than one for regression only
+    are_images: bool = False
+    notes: tuple[Note, ...] = ()
+
+    def needed(self, schema: pa.Schema, where: str, *, is_train: bool = True) -> list[str]:
+        """Return the columns to read from a table: features, targets, and all numbers, texts and times.
+
+        Raises:
+            ValueError: for a column that is missing, with the nearest name, or cannot be read.
+        """
+        learned = (*self.targets, *self.features)
+        refuse_absent(learned, schema.names, where, is_train=is_train)
+        names = [field.name for field in schema if field.name in learned or _is_plain(field.type)]
+        refuse_unreadable(schema, names, where)
+        return names
+
+
+@dataclass(frozen=True)
 class Tables:
     """A data set of tables, and which of their columns are features and targets."""
 
     splits: Mapping[SplitName, pa.Table]  # features, targets, and further scalars
-    features: tuple[str, ...]  # if they are images, their column alone
-    targets: tuple[str, ...]  # more than one for regression only
-    notes: tuple[Note, ...]
+    choice: Choice
+    notes: tuple[Note, ...] = ()
     streamed: RowGroups | None = None  # the files of the training features, if those are not held in memory
-    are_images: bool = False
     read_file: ReadFile | None = None  # reads the images whose paths a column of texts holds
 
 
@@ -52,96 +71,85 @@ def holds_images(schema: pa.Schema, config: DataConfig) -> bool:
     return is_named or not all(_is_plain(field.type) for field in schema)
 
 
-def needed_columns(schema: pa.Schema, path: str, config: DataConfig, task: str) -> list[str]:
-    """Return the columns to read: images, a task's targets, those of data.columns, and all numbers, texts and times.
+def choose_columns(schema: pa.Schema, where: str, config: DataConfig, task: str) -> Choice:
+    """Decide by the first training table which columns are targets and features.
 
     Raises:
-        ValueError: for a missing image column, with the nearest name, and for columns that cannot be read.
-    """
-    are_images = holds_images(schema, config)
-    if are_images:
-        refuse_absent([config.image_column], schema.names, path, option="image_column")
-    targets = split_names("target", config.target, schema.names) or _usual_targets(task, are_images=are_images)
-    chosen = split_names("columns", config.columns, schema.names) or ((config.image_column,) if are_images else ())
-    needed = [field.name for field in schema if field.name in (*targets, *chosen) or _is_plain(field.type)]
-    refuse_unreadable(schema, needed, path)
-    return needed
-
-
-def choose_columns(
-    by_split: Mapping[SplitName, Mapping[str, pa.Table]],
-    config: DataConfig,
-    task: str,
-    streamed: RowGroups | None = None,
-) -> Tables:
-    """Join the tables of each split, and decide which columns are targets and features.
-
-    Args:
-        by_split: for each split, tables by file name; the first of "train" decides.
-        streamed: the features of the training tables, if those do not hold them.
-
-    Raises:
-        ValueError: for a missing column, with the nearest name, and for tables that cannot be joined.
-    """
-    path, first = next(iter(by_split["train"].items()))
-    streamed_names = [*streamed.columns] if streamed else []
-    are_images = isinstance(streamed, ImageGroups) or (streamed is None and holds_images(first.schema, config))
-    targets, features, notes = learned_columns(
-        [*first.column_names, *streamed_names], config, task, path, are_images=are_images
-    )
-    splits: dict[SplitName, pa.Table] = {}
-    for split, files in by_split.items():
-        where = f"the {split} split of {config.name}"
-        for path, table in files.items():
-            names = [*table.column_names, *(streamed_names if split == "train" else ())]
-            refuse_absent((*targets, *features), names, path, is_train=split == "train")
-        splits[split], joining = join_tables(files, dataclasses.replace(config, target=targets[0]), where)
-        notes += joining
-    return Tables(splits, features, targets, tuple(notes), streamed, are_images)
-
-
-def learned_columns(
-    names: Sequence[str], config: DataConfig, task: str, path: str, *, are_images: bool
-) -> tuple[tuple[str, ...], tuple[str, ...], list[Note]]:
-    """Return the targets and the features among a table's columns, and notes on those that the config does not name.
-
-    Raises:
-        ValueError: for columns that are missing, and if none is left for a feature or none or several may be targets.
+        ValueError: for columns that are missing, with the nearest name, or cannot be read, and if none is left for a
+            feature or none or several may be targets.
     """
     notes: list[Note] = []
-    if targets := split_names("target", config.target, names):
-        refuse_absent(targets, names, path, option="target")
+    are_images = holds_images(schema, config)
+    if are_images:
+        refuse_absent([config.image_column], schema.names, where, option="image_column")
+    usual = _IMAGE_TARGETS.get(task, ("label",)) if are_images else _TARGETS
+    targets = split_names("target", config.target, schema.names)
+    features = (config.image_column,) if are_images else split_names("columns", config.columns, schema.names)
+    named = (*(targets or usual), *features)
+    names = [field.name for field in schema if field.name in named or _is_plain(field.type)]
+    refuse_unreadable(schema, names, where)
+    if targets:
+        refuse_absent(targets, names, where, option="target")
     else:
-        usual = _usual_targets(task, are_images=are_images)
         targets = tuple(name for name in usual if name in names)
         if len(targets) != 1:
             problem = f"both columns {' and '.join(targets)}" if targets else f"no column {' or '.join(usual)}"
             known = some(names, most=_MOST_COLUMNS)
-            raise ValueError(f"{path} has {problem}: set --data.target to the one to learn, of {known}")
+            raise ValueError(f"{where} has {problem}: set --data.target to the one to learn, of {known}")
         if len(usual) > 1:
             notes.append(Note(f"the column {targets[0]} is learned; --data.target names another"))
-    features = (config.image_column,) if are_images else split_names("columns", config.columns, names)
     if overlap := [name for name in features if name in targets]:
         option = "image-column" if are_images else "columns"
         raise ValueError(f"{overlap[0]} is in --data.{option} and --data.target: it cannot be learned from itself")
     if features:
-        refuse_absent(features, names, path, option="image_column" if are_images else "columns")
-        return targets, features, notes
+        refuse_absent(features, names, where, option="columns")
+        return Choice(features, targets, are_images, tuple(notes))
     others = [name for name in names if name not in targets]
     row_numbers = [name for name in others if ROW_NUMBERS.fullmatch(name)]
     features = tuple(name for name in others if name not in row_numbers)
     if not features:
-        raise ValueError(
-            f"{path} has no columns beside {', '.join((*targets, *row_numbers))}: give it some to learn from"
-        )
+        left_out = ", ".join((*targets, *row_numbers))
+        raise ValueError(f"{where} has no columns beside {left_out}: give it some to learn from")
     if row_numbers:
         left_out = some(repr(name) for name in row_numbers)
         notes.append(Note(f"row numbers that pandas wrote are left out: {left_out}; --data.columns names them"))
-    return targets, features, notes
+    return Choice(features, targets, are_images, tuple(notes))
 
 
-def _usual_targets(task: str, *, are_images: bool) -> tuple[str, ...]:
-    return _IMAGE_TARGETS.get(task, ("label",)) if are_images else _TARGETS
+def tables_in_memory(
+    by_split: Mapping[SplitName, tuple[str, pa.Table]], config: DataConfig, task: str, notes: Sequence[Note] = ()
+) -> Tables:
+    """Choose the columns of tables in memory, each with its name in messages. Raises as choose_columns() does."""
+    name, first = by_split["train"]
+    choice = choose_columns(first.schema, name, config, task)
+    chosen: dict[SplitName, dict[str, pa.Table]] = {
+        split: {where: table.select(choice.needed(table.schema, where, is_train=split == "train"))}
+        for split, (where, table) in by_split.items()
+    }
+    return join_splits(chosen, choice, config, notes)
+
+
+def join_splits(
+    by_split: Mapping[SplitName, Mapping[str, pa.Table]],
+    choice: Choice,
+    config: DataConfig,
+    notes: Sequence[Note],
+    streamed: RowGroups | None = None,
+) -> Tables:
+    """Join the tables of each split, which are given by file name.
+
+    Args:
+        notes: on the files.
+        streamed: the features of the training tables, if those do not hold them.
+
+    Raises:
+        ValueError: for tables that cannot be joined.
+    """
+    splits, notes = dict[SplitName, pa.Table](), [*notes, *choice.notes]
+    for split, tables in by_split.items():
+        splits[split], joining = join_tables(tables, choice.targets[0], config, f"the {split} split of {config.name}")
+        notes += joining
+    return Tables(splits, choice, tuple(notes), streamed)
 
 
 def _is_plain(type_: pa.DataType) -> bool:
@@ -196,7 +204,9 @@ def _unpickles(kind: pa.DataType) -> bool:
     return any(_unpickles(kind.field(number).type) for number in range(kind.num_fields))
 
 
-def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) -> tuple[pa.Table, tuple[Note, ...]]:
+def join_tables(
+    tables: Mapping[str, pa.Table], target: str, config: DataConfig, where: str
+) -> tuple[pa.Table, tuple[Note, ...]]:
     """Join the tables of some files, one after another.
 
     Files of the `datasets` library may name their classes, each in its own order. Their integer labels become a
@@ -212,15 +222,15 @@ def join_tables(tables: Mapping[str, pa.Table], config: DataConfig, where: str) 
     orders: set[tuple[str, ...]] = set()
     consistent = []
     for path, table in tables.items():
-        names, problem = _declared_names(table.schema, config.label_column)
+        names, problem = _declared_names(table.schema, target)
         if problem:
             notes.append(Note(f"metadata of {path} is ignored: {problem}", is_warning=True))
         table = plain(table, config, path)
-        labels = table.column(config.label_column)
+        labels = table.column(target)
         if names and pa.types.is_integer(labels.type):
             numbers = labels.fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
-            place = table.column_names.index(config.label_column)
-            table = table.set_column(place, config.label_column, named_labels(numbers, names, path))
+            place = table.column_names.index(target)
+            table = table.set_column(place, target, named_labels(numbers, names, path))
             orders.add(names)
         consistent.append(table)
     if len(orders) > 1:
