@@ -14,8 +14,8 @@ import torch
 from raysubset.config import DataConfig
 from raysubset.data import Examples, FullSet, Split, load_full_set
 from raysubset.data.full_set import count_levels, statistics_of_levels
-from raysubset.data.labels import named_labels, number_classes
 from raysubset.data.split import carve
+from raysubset.data.targets import named_labels, number_classes
 from raysubset.tasks import crop_and_flip
 from tests.tiny import image_examples, inputs_of
 

@@ -202,6 +202,15 @@ def test_images_with_their_classes_are_images(returned: Callable[..., Any]):
         assert_holds(returned(body), image=np.arange(6 * 16, dtype=np.uint8).reshape(6, 4, 4, 1), label=LABELS)
 
 
+def test_whole_numbers_beside_images_are_classes_or_the_targets_of_regression(returned: Callable[..., Any]):
+    returned("return np.arange(640, dtype=np.uint8).reshape(40, 4, 4), np.arange(40) % 5")
+    full_set = load_full_set(DataConfig(name="own_rows:load"), TaskConfig(name="regression"))
+    assert isinstance(full_set.task, Regression)
+    targets, rows = full_set.train.arrays()["target"], full_set.train.table["row"].to_numpy()
+    np.testing.assert_allclose(targets[:, 0] * full_set.task.std[0] + full_set.task.mean[0], rows % 5, atol=1e-6)
+    assert load_full_set(DataConfig(name="own_rows:load")).task.class_names == ("0", "1", "2", "3", "4")
+
+
 def test_a_table_without_images_is_one_of_columns(returned: Callable[..., Any]):
     table = "pa.table(dict(a=features[:, 0], target=labels))"
     for body in (f"return {table}", f"return dict(train={table}, test={table})"):
@@ -235,7 +244,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ("return features, labels[:5]", r"has 6 inputs but labels of shape \(5,\)"),
         ("return dict(a=features, b=labels[:5])", r"arrays of own_rows:load differ in length \(a 6, b 5\)"),
         ("return dict(a=features, b=[1, [2]])", "b of own_rows:load does not make one array"),
-        ("return [[1.0, 2.0], [1.0]], [0, 1]", r"row 1 has shape \(1,\), row 0 \(2,\); give all one shape"),
+        ("return [[1.0, 2.0], [1.0]], [0, 1]", r"differ in shape: .*inhomogeneous shape .*: give all one shape"),
         ("features[4, 1] = np.nan\nreturn features, labels", "inputs of own_rows:load has nan in row 4"),
         ("numbers[2] = -np.inf\nreturn features, numbers", "target of own_rows:load has -inf in row 2"),
         (
@@ -251,7 +260,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ("return Items([3])", "item 0 of own_rows:load is a int: all should be pairs"),
         (
             "return Items([(images[0], 1), (images[0, 1:], 1)])",
-            r"input of .*: row 1 has shape \(3, 4\), row 0",
+            r"input of .* does not make one array, as where examples differ in shape: .*: give all one shape",
         ),
         (
             "return Items([dict(a=1), dict(b=1)])",

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 
 from raysubset.config import DataConfig
@@ -16,7 +17,8 @@ from raysubset.data.files import (
     refuse_other_formats,
 )
 from raysubset.data.finding import TABLE_SUFFIXES, DataFiles, find_files
-from raysubset.data.image_columns import plain, with_full_paths
+from raysubset.data.image_columns import image_column, images_of, plain, with_full_paths
+from raysubset.data.images import EncodedImages
 from raysubset.data.layout import Placed, some
 from raysubset.data.row_groups import ImageGroups, RowGroups, TableGroups, concatenated
 from raysubset.data.split import SplitName
@@ -143,10 +145,29 @@ def read_rows(path: str, inputs: TableInputs) -> pa.Table:
     Raises:
         ValueError: if a table cannot be read.
     """
+    texts = tuple(column.name for column in inputs.columns if column.kind == "category")
+    return _read_named_columns(path, [column.name for column in inputs.columns], texts)[1]
+
+
+def read_image_rows(path: str, column: str, *, image_size: int | None) -> EncodedImages | np.ndarray:
+    """Read the images in the rows of a Parquet, Arrow or CSV file, for predictions: uint8 [N, H, W, C], or encoded.
+
+    Args:
+        image_size: the side in pixels to which tensors are resized; None keeps their size.
+
+    Raises:
+        ValueError: if the file cannot be read or has no such column, no rows, nulls, or values that are no images.
+    """
+    files, table = _read_named_columns(path, [column], (column,))
+    if not table.num_rows:
+        raise ValueError(f"{path} has no rows: give a table with images")
+    table, read_file = with_full_paths(table, column, files.root), partial(read_named_file, files.system, path)
+    return images_of(image_column(table, column, path), path, image_size=image_size, read_file=read_file)[0]
+
+
+def _read_named_columns(path: str, names: Sequence[str], texts: tuple[str, ...]) -> tuple[DataFiles, pa.Table]:
     files = find_files(DataConfig(name=path))
     _refuse_no_tables(files)
-    names = [column.name for column in inputs.columns]
-    texts = tuple(column.name for column in inputs.columns if column.kind == "category")
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
         refuse_absent(names, schema.names, path)
@@ -155,5 +176,4 @@ def read_rows(path: str, inputs: TableInputs) -> pa.Table:
         return columns
 
     members = [member for each in files.layout.values() for member in each]
-    tables = [*read_files(files, members, needed, texts=texts).values()]
-    return concatenated(tables, path)
+    return files, concatenated([*read_files(files, members, needed, texts=texts).values()], path)

@@ -12,6 +12,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,8 +121,7 @@ class Examples(Augmented):
         first: int = 0,
         rank: int = 0,
         num_workers: int = 1,
-        channels_last: bool = True,
-        dtype: torch.dtype = torch.float32,
+        **layout: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the inputs and targets of an epoch's batches in random order, from batch `first` on.
 
@@ -130,19 +130,18 @@ class Examples(Augmented):
         Args:
             batch_sizes: the sizes of all batches of the epoch; their sum may be less than the number of examples.
             rank: the worker whose part of each batch is yielded: every num_workers-th example, from example `rank`.
+            layout: channels_last and dtype, as batch() takes them.
         """
         order = self.order(order_seed)[: sum(batch_sizes)]
         draws = self.draw(augmentation_seed)
         for indices in order.split(list(batch_sizes))[first:]:
             part = indices if num_workers == 1 else indices[rank::num_workers]
-            yield self.batch(part, draws=draws, channels_last=channels_last, dtype=dtype)
+            yield self.batch(part, draws=draws, **layout)
 
-    def in_order(
-        self, batch_sizes: Sequence[int], *, channels_last: bool = True, dtype: torch.dtype = torch.float32
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(self, batch_sizes: Sequence[int], **layout: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of all examples in stored order, without augmentation."""
         for indices in torch.arange(len(self), device=self.device).split(list(batch_sizes)):
-            yield self.batch(indices, channels_last=channels_last, dtype=dtype)
+            yield self.batch(indices, **layout)
 
     def to(self, device: torch.device | str) -> "Examples":
         """Return the same examples on another device."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +11,11 @@ from pyarrow import fs, ipc
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.csv_files import DELIMITERS, HEADER_BYTES, header, read_csv
 from raysubset.data.decoding import Source, SourceSplit
-from raysubset.data.finding import TEXT_SUFFIXES, DataFiles, find_files
-from raysubset.data.image_columns import image_column, images_of, with_full_paths
+from raysubset.data.finding import TEXT_SUFFIXES, DataFiles
+from raysubset.data.image_columns import with_full_paths
 from raysubset.data.images import EncodedImages, decode_masks
 from raysubset.data.layout import Placed, some
 from raysubset.data.split import SplitName
-from raysubset.data.tables import refuse_absent, refuse_unreadable
 from raysubset.data.targets import Targets, class_targets, mask_targets
 from raysubset.errors import first_line
 from raysubset.events import Note
@@ -65,30 +63,6 @@ def read_image_folders(
         return f"the mask of {files.layout[split][row].path}"
 
     return source, mask_targets(masks, ("mask",), task, config.name, mask_name), (*notes, *files.notes)
-
-
-def read_image_rows(path: str, column: str, *, image_size: int | None) -> EncodedImages | np.ndarray:
-    """Read the images in the rows of a Parquet, Arrow or CSV file, for predictions: uint8 [N, H, W, C], or encoded.
-
-    Args:
-        image_size: the side in pixels to which tensors are resized; None keeps their size.
-
-    Raises:
-        ValueError: if the file cannot be read or has no such column, no rows, nulls, or values that are no images.
-    """
-    files = find_files(DataConfig(name=path))
-    (member,) = files.layout["train"]
-
-    def needed(schema: pa.Schema, where: str) -> list[str]:
-        refuse_absent([column], schema.names, where)
-        refuse_unreadable(schema, [column], where)
-        return [column]
-
-    (table,) = read_files(files, [member], needed, texts=(column,)).values()
-    if not table.num_rows:
-        raise ValueError(f"{path} has no rows: give a table with images")
-    table, read_file = with_full_paths(table, column, files.root), partial(read_named_file, files.system, path)
-    return images_of(image_column(table, column, path), path, image_size=image_size, read_file=read_file)[0]
 
 
 def read_named_file(system: fs.FileSystem, where: str, path: str) -> bytes:

@@ -1,19 +1,19 @@
 """Finds the files of data.name: which are read for each split, and which are left out. It opens no file."""
 
+import fnmatch
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from PIL import Image, ImageFile
 from pyarrow import fs
 
-from raysubset.config import DataConfig
+from raysubset.config import DataConfig, nearest
 from raysubset.data.csv_files import DELIMITERS
-from raysubset.data.ignored import Ignored
 from raysubset.data.layout import (
     Layout,
     Placed,
@@ -52,6 +52,7 @@ _MOST_REASONS = 8  # in one line
 
 Kind = Literal["tables", "images", "texts"]
 LeftOut = defaultdict[str, list[str]]  # the paths that are left out, by reason
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,56 @@ class DataFiles:
     def full_path(self, file: Placed) -> str:
         """Return a file's path in the file system."""
         return f"{self.root}/{file.path}" if file.path else self.root
+
+
+class Ignored:
+    """The patterns of data.ignored. It records which of them matched, so that a mistyped pattern is refused."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._where = config.name
+        self._patterns = [word.strip().rstrip("/") for word in (config.ignored or "").split(",") if word.strip()]
+        self._matched: set[str] = set()
+
+    def matches(self, path: str) -> bool:
+        """Return True if a pattern names this file or folder, or one around it, by its name or path."""
+        if not self._patterns:
+            return False
+        parts = path.split("/")
+        names = {*parts, *("/".join(parts[: depth + 1]) for depth in range(len(parts)))}
+        matching = {pattern for pattern in self._patterns for name in names if fnmatch.fnmatchcase(name, pattern)}
+        self._matched |= matching
+        return bool(matching)
+
+    def chosen(self, splits: Mapping[SplitName, Value]) -> dict[SplitName, Value]:
+        """Return the splits that no pattern names. Patterns may name nothing but splits.
+
+        Raises:
+            ValueError: as refuse_unmatched() does, and if the training split is named.
+        """
+        chosen = self.without(splits)
+        if "train" in splits and "train" not in chosen:
+            raise ValueError(f"data.ignored = train: {self._where} would have no training data left")
+        self.refuse_unmatched(splits)
+        return chosen
+
+    def without(self, splits: Mapping[SplitName, Value]) -> dict[SplitName, Value]:
+        """Return the splits that no pattern names."""
+        self._matched |= {pattern for pattern in self._patterns if pattern in splits}
+        return {split: value for split, value in splits.items() if split not in self._patterns}
+
+    def refuse_unmatched(self, names: Iterable[str]) -> None:
+        """Refuse patterns that matched nothing.
+
+        Args:
+            names: the names that the user may have meant.
+
+        Raises:
+            ValueError: with the pattern and the nearest name.
+        """
+        for pattern in self._patterns:
+            if pattern not in self._matched:
+                hint = nearest(pattern, names)
+                raise ValueError(f"data.ignored = {pattern}: {self._where} has no such split, file or folder{hint}")
 
 
 def find_files(config: DataConfig) -> DataFiles:

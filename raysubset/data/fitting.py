@@ -12,12 +12,11 @@ from raysubset.data.findings import Findings
 from raysubset.data.full_set import FullSet, assembled, statistics_of_levels
 from raysubset.data.image_columns import images_of, masks_of
 from raysubset.data.images import as_images
-from raysubset.data.labels import number_classes
 from raysubset.data.layout import some
 from raysubset.data.row_groups import ImageGroups, TableGroups, TrainingColumns
 from raysubset.data.split import SPLITS, SplitName, carve_splits, origin_of
 from raysubset.data.tables import Tables, split_names
-from raysubset.data.targets import Targets, alike, mask_targets
+from raysubset.data.targets import Targets, alike, mask_targets, number_classes
 from raysubset.errors import listed
 from raysubset.events import Note
 from raysubset.tasks import (

@@ -10,8 +10,7 @@ import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
 from raysubset.data.columns import read_columns
-from raysubset.data.finding import DataFiles
-from raysubset.data.ignored import Ignored
+from raysubset.data.finding import DataFiles, Ignored
 from raysubset.data.split import SplitName
 from raysubset.data.tables import Tables, holds_images, tables_in_memory
 from raysubset.errors import first_line
@@ -29,9 +28,6 @@ class Arrays:
 
     splits: Mapping[SplitName, Mapping[str, np.ndarray]]  # numbers or texts, finite, contiguous; alike in all splits
     notes: tuple[Note, ...]
-
-
-_PAIR = ("input", "target")
 
 
 def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
@@ -246,7 +242,7 @@ def _is_dataset(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Dataset)
 
 
-def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[str, np.ndarray]:
+def _stacked(dataset: Any, where: str) -> Any:
     """Read all items of a torch Dataset once, into a pair of arrays or a dict of them.
 
     Raises:
@@ -261,18 +257,19 @@ def _stacked(dataset: Any, where: str) -> tuple[np.ndarray, np.ndarray] | dict[s
         raise ValueError(f"{text}; a Dataset needs a length, and items by their numbers") from error
     if not items:
         raise ValueError(f"{where} has no items: give at least one")
+    names = ("input", "target")
     rows: list[Mapping[str, Any]] = [
-        item if isinstance(item, Mapping) else dict(zip(_PAIR, item, strict=True)) if _is_pair(item) else {}
+        item if isinstance(item, Mapping) else dict(zip(names, item, strict=True)) if _is_pair(item) else {}
         for item in items
     ]
-    if unlike := [number for number, row in enumerate(rows) if not row or [*row] != [*rows[0]]]:
-        item = items[unlike[0]]
-        shown = f"a {type(item).__name__}{f' with {[*item]}' if isinstance(item, Mapping) else ''}"
+    unlike = next((number for number, row in enumerate(rows) if not row or [*row] != [*rows[0]]), None)
+    if unlike is not None:
+        shown = f"a {type(items[unlike]).__name__}{f' with {[*rows[unlike]]}' if rows[unlike] else ''}"
         raise ValueError(
-            f"item {unlike[0]} of {where} is {shown}: all should be pairs (input, target), or dicts with the same names"
+            f"item {unlike} of {where} is {shown}: all should be pairs (input, target), or dicts with the same names"
         )
     arrays = {name: _array([_array(row[name], where) for row in rows], f"{name} of {where}") for name in rows[0]}
-    return arrays if isinstance(items[0], Mapping) else (arrays["input"], arrays["target"])
+    return arrays if isinstance(items[0], Mapping) else (*arrays.values(),)
 
 
 def _array(values: Any, where: str) -> np.ndarray:
@@ -280,23 +277,11 @@ def _array(values: Any, where: str) -> np.ndarray:
     try:
         return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
     except ValueError as error:  # numpy's, for nested sequences of differing lengths
-        unlike = _first_unlike(values)
         raise ValueError(
-            f"{where} does not make one array, as where examples differ in shape{unlike or f': {first_line(error)}'}"
+            f"{where} does not make one array, as where examples differ in shape: {first_line(error)}: give all one "
+            "shape, padded if they differ in size"
         ) from error
     except TypeError as error:  # torch's, for a type that numpy lacks: bfloat16
         raise ValueError(
             f"{where} does not make an array of numpy's: {first_line(error)}: give another type"
         ) from error
-
-
-def _first_unlike(values: Any) -> str:
-    """Return ': row 3 has shape (5,), row 0 (4,)' for a list of arrays or lists, else ''."""
-    try:
-        shapes = [np.shape(value) for value in values]
-    except ValueError:
-        return ""
-    row = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if row is None:
-        return ""
-    return f": row {row} has shape {shapes[row]}, row 0 {shapes[0]}; give all one shape, padded if they differ in size"

@@ -11,12 +11,11 @@ import pyarrow as pa
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data.decoding import Source, SourceSplit
-from raysubset.data.ignored import Ignored
+from raysubset.data.finding import Ignored
 from raysubset.data.images import as_images
-from raysubset.data.labels import named_labels
 from raysubset.data.split import SplitName
 from raysubset.data.tables import Tables, tables_in_memory
-from raysubset.data.targets import Targets, class_targets
+from raysubset.data.targets import Targets, class_targets, named_labels
 from raysubset.errors import first_line
 from raysubset.events import Note
 

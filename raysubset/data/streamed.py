@@ -1,10 +1,10 @@
 """A split whose inputs stay in Parquet files, read by row group; and its batches, read ahead by windows of groups."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -163,8 +163,7 @@ class StreamedExamples(Augmented):
         first: int = 0,
         rank: int = 0,
         num_workers: int = 1,
-        channels_last: bool = True,
-        dtype: torch.dtype = torch.float32,
+        **layout: Any,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, as Examples.epoch() does. Each example is in at most one batch.
 
@@ -183,16 +182,13 @@ class StreamedExamples(Augmented):
         draws = self.drawn(augmentation_seed)
         windows = [_Window(ranges, generator.permutation(_num(ranges))) for ranges in self._windows(groups)]
         sizes = part_sizes(batch_sizes, rank, num_workers)
-        return self._batches(windows, sizes, first=first, draws=draws, channels_last=channels_last, dtype=dtype)
+        return self._batches(windows, sizes, first=first, draws=draws, **layout)
 
-    def in_order(
-        self, batch_sizes: Sequence[int], *, channels_last: bool = True, dtype: torch.dtype = torch.float32
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(self, batch_sizes: Sequence[int], **layout: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of all examples in stored order, without augmentation."""
-        unaugmented = dataclasses.replace(self, augment=False)
         ranges = self._windows(_ranges(self.split.group_bounds()))
         windows = [_Window(each, np.arange(_num(each))) for each in ranges]
-        return unaugmented._batches(windows, batch_sizes, first=0, draws=None, channels_last=channels_last, dtype=dtype)
+        return self._batches(windows, batch_sizes, first=0, draws=None, **layout)
 
     def _windows(self, groups: np.ndarray) -> list[np.ndarray]:
         """Cut row groups in this order into windows: ranges [k, 2] each."""
@@ -200,14 +196,7 @@ class StreamedExamples(Augmented):
         return cut_ranges(groups, num_rows)
 
     def _batches(
-        self,
-        windows: "list[_Window]",
-        sizes: Sequence[int],
-        *,
-        first: int,
-        draws: Tensor | None,
-        channels_last: bool,
-        dtype: torch.dtype,
+        self, windows: "list[_Window]", sizes: Sequence[int], *, first: int, draws: Tensor | None, **layout: Any
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of these sizes from the windows' examples, from batch `first` on."""
         chunks = self._read_chunks(windows, sizes, first=first, draws=draws)
@@ -218,7 +207,7 @@ class StreamedExamples(Augmented):
                 examples, chunk_draws, chunk_sizes = chunk
                 upcoming = pool.submit(next, chunks, None)
                 for indices in torch.arange(len(examples), device=self.device).split(chunk_sizes):
-                    yield examples.batch(indices, draws=chunk_draws, channels_last=channels_last, dtype=dtype)
+                    yield examples.batch(indices, draws=chunk_draws, **layout)
         finally:  # also if the caller stops in the middle
             pool.shutdown(cancel_futures=True)
             chunks.close()

@@ -10,10 +10,10 @@ import pyarrow as pa
 
 from raysubset.config import DataConfig, nearest
 from raysubset.data.image_columns import ReadFile, plain
-from raysubset.data.labels import UNLABELLED, named_labels
 from raysubset.data.layout import some
 from raysubset.data.row_groups import RowGroups, concatenated
 from raysubset.data.split import SplitName
+from raysubset.data.targets import UNLABELLED, named_labels
 from raysubset.events import Note
 from raysubset.tasks.columns import kind_of_column
 

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -26,8 +26,6 @@ _REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--
 MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-
-_Found = defaultdict[tuple[str, bool], list[str]]  # columns by what a note says of them, and whether it is a warning
 
 
 @dataclass(frozen=True)
@@ -111,19 +109,17 @@ class TableInputs:
             ValueError: for a column that is missing or has another kind, for infinite values, and for missing values
                 if `missing` is "refuse".
         """
-        reader, found, first = _Reader(table, where, rows, self.missing, remedy), _Found(list), 0
+        reader, first = _Reader(table, where, rows, self.missing, remedy), 0
         features = np.zeros((table.num_rows, self.num_features), np.float32)
         for column in self.columns:
             values = reader.column(column.name)
             if column.kind == "category":
-                numbers = reader.categories(column, values, found)
+                numbers = reader.categories(column, values)
                 rows_known = np.flatnonzero(numbers >= 0)
                 features[rows_known, first + numbers[rows_known]] = 1
             else:
                 numbers = reader.numbers(column.name, values, column.kind)
-                if num := int((absent := np.isnan(numbers)).sum()):
-                    found[reader.filled].append(f"{column.name} ({num})")
-                    numbers[absent] = column.mean
+                numbers[reader.absent(column.name, numbers)] = column.mean
                 with np.errstate(over="ignore"):
                     features[:, first] = (numbers - column.mean) / column.deviation
                 if len(far := np.flatnonzero(~np.isfinite(features[:, first]))):
@@ -132,7 +128,7 @@ class TableInputs:
                         f"training rows' mean of {column.mean:g} ± {column.deviation:g}: leave the row out"
                     )
             first += len(column.feature_names)
-        return features, _notes(found)
+        return features, reader.notes()
 
 
 class Columns(Protocol):
@@ -171,21 +167,17 @@ def fit_columns(
     """
     if not table.num_rows:
         raise ValueError(f"{where} has no rows: give a table with examples")
-    reader, found = _Reader(table, where, rows, missing), _Found(list)
+    reader = _Reader(table, where, rows, missing)
     columns: list[InputColumn] = []
     for name in dict.fromkeys(names):
-        if column := reader.fit(name, found):
+        if column := reader.fit(name):
             columns.append(column)
         else:
-            found["columns that are the same in all training rows are left out", False].append(name)
+            reader.note("columns that are the same in all training rows are left out", name)
     if not columns:
         text = f"no column of {where} differs between rows ({listed(names) or 'none is left'})"
         raise ValueError(f"{text}: set --data.columns to others")
-    return TableInputs(tuple(columns), missing), _notes(found)
-
-
-def _notes(found: _Found) -> tuple[Note, ...]:
-    return tuple(Note(f"{text}: {listed(names)}", is_warning) for (text, is_warning), names in found.items())
+    return TableInputs(tuple(columns), missing), reader.notes()
 
 
 def target_numbers(table: pa.Table, names: Sequence[str], *, where: str = "the table") -> np.ndarray:
@@ -233,11 +225,21 @@ class _Reader:
     rows: np.ndarray | None
     missing: Missing
     remedy: str = _REMEDY
+    noted: defaultdict[tuple[str, bool], list[str]] = field(default_factory=lambda: defaultdict(list))
 
-    @property
-    def filled(self) -> tuple[str, bool]:
-        """What a note says of columns whose missing values were filled."""
-        return f"missing values of {self.where} filled with the training mean", False
+    def note(self, text: str, column: str, *, is_warning: bool = False) -> None:
+        """Note something of a column. Columns of which the same is noted share a note."""
+        self.noted[text, is_warning].append(column)
+
+    def notes(self) -> tuple[Note, ...]:
+        return tuple(Note(f"{text}: {listed(names)}", is_warning) for (text, is_warning), names in self.noted.items())
+
+    def absent(self, name: str, numbers: np.ndarray) -> np.ndarray:
+        """Return where numbers are missing, bool [N], and note that they are filled in."""
+        absent = np.isnan(numbers)
+        if num := int(absent.sum()):
+            self.note(f"missing values of {self.where} filled with the training mean", f"{name} ({num})")
+        return absent
 
     def place(self, position: int) -> str:
         return f"in row {position if self.rows is None else self.rows[position]} of {self.where}"
@@ -251,7 +253,7 @@ class _Reader:
             raise ValueError(f"{self.where} has several columns {name}: give each a name of its own")
         return self.table.column(name)
 
-    def fit(self, name: str, found: _Found) -> InputColumn | None:
+    def fit(self, name: str) -> InputColumn | None:
         """Return how a training column becomes features; None if it does not vary.
 
         Raises:
@@ -265,10 +267,7 @@ class _Reader:
                 "--data.columns; a column of images is named by --data.image-column"
             )
         if kind == "category":
-            return self._fit_category(name, values, found)
-        return self._fit_number(name, values, kind, found)
-
-    def _fit_number(self, name: str, values: pa.ChunkedArray, kind: NumberKind, found: _Found) -> InputColumn | None:
+            return self._fit_category(name, values)
         numbers = self.numbers(name, values, kind)
         present = numbers[~np.isnan(numbers)]
         if not len(present) or present.min() == present.max():
@@ -283,12 +282,11 @@ class _Reader:
         if deviation <= 10 * np.finfo(np.float64).eps * abs(mean):  # rounding, as of 0.1 + 0.2 beside 0.3
             return None
         if kind == "time":
-            found["dates and times are read as numbers of seconds", False].append(name)
-        if num_missing := len(numbers) - len(present):
-            found[self.filled].append(f"{name} ({num_missing})")
+            self.note("dates and times are read as numbers of seconds", name)
+        self.absent(name, numbers)
         return InputColumn(name, kind, mean, deviation)
 
-    def _fit_category(self, name: str, values: pa.ChunkedArray, found: _Found) -> InputColumn | None:
+    def _fit_category(self, name: str, values: pa.ChunkedArray) -> InputColumn | None:
         texts = self._texts(name, values)
         categories, num_missing = sorted(texts.drop_null().unique().to_pylist()), texts.null_count
         if len(categories) + (num_missing > 0) < 2:
@@ -302,11 +300,9 @@ class _Reader:
                 "leave the column out with --data.columns"
             )
         if stray:
-            text = f"column {name} is read as {len(categories)} categories, not as numbers"
-            found[text, True].append(stray)
+            self.note(f"column {name} is read as {len(categories)} categories, not as numbers", stray, is_warning=True)
         if num_missing:
-            text = "missing texts of training rows are a category of their own"
-            found[text, False].append(f"{name} ({num_missing})")
+            self.note("missing texts of training rows are a category of their own", f"{name} ({num_missing})")
         return InputColumn(name, "category", values=tuple(categories), has_missing=num_missing > 0)
 
     def _stray_text(self, texts: pa.ChunkedArray) -> str:
@@ -317,7 +313,7 @@ class _Reader:
             return ""
         return f"{texts[stray[0]].as_py()!r} {self.place(stray[0])} stands among numbers"
 
-    def categories(self, column: InputColumn, values: pa.ChunkedArray, found: _Found) -> np.ndarray:
+    def categories(self, column: InputColumn, values: pa.ChunkedArray) -> np.ndarray:
         """Return the number of each row's category, int64 [N], -1 for none, and note unknown values."""
         texts = self._texts(column.name, values)
         numbers = places(texts, column.values)
@@ -327,7 +323,7 @@ class _Reader:
             example = texts[unknown[0]].as_py()
             such = "a missing one" if example is None else repr(example)
             text = f"values of {self.where} that no training row has count as no category"
-            found[text, True].append(f"{column.name} ({len(unknown)}, such as {such})")
+            self.note(text, f"{column.name} ({len(unknown)}, such as {such})", is_warning=True)
         return numbers
 
     def _texts(self, name: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
