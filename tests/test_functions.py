@@ -244,7 +244,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ("return features, labels[:5]", r"has 6 inputs but labels of shape \(5,\)"),
         ("return dict(a=features, b=labels[:5])", r"arrays of own_rows:load differ in length \(a 6, b 5\)"),
         ("return dict(a=features, b=[1, [2]])", "b of own_rows:load does not make one array"),
-        ("return [[1.0, 2.0], [1.0]], [0, 1]", r"differ in shape: .*inhomogeneous shape .*: give all one shape"),
+        ("return [[1.0, 2.0], [1.0]], [0, 1]", r"row 1 has shape \(1,\), row 0 \(2,\); give all one shape"),
         ("features[4, 1] = np.nan\nreturn features, labels", "inputs of own_rows:load has nan in row 4"),
         ("numbers[2] = -np.inf\nreturn features, numbers", "target of own_rows:load has -inf in row 2"),
         (
@@ -260,7 +260,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ("return Items([3])", "item 0 of own_rows:load is a int: all should be pairs"),
         (
             "return Items([(images[0], 1), (images[0, 1:], 1)])",
-            r"input of .* does not make one array, as where examples differ in shape: .*: give all one shape",
+            r"input of .*: row 1 has shape \(3, 4\), row 0",
         ),
         (
             "return Items([dict(a=1), dict(b=1)])",

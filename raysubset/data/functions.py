@@ -277,11 +277,23 @@ def _array(values: Any, where: str) -> np.ndarray:
     try:
         return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
     except ValueError as error:  # numpy's, for nested sequences of differing lengths
+        unlike = _first_unlike(values)
         raise ValueError(
-            f"{where} does not make one array, as where examples differ in shape: {first_line(error)}: give all one "
-            "shape, padded if they differ in size"
+            f"{where} does not make one array, as where examples differ in shape{unlike or f': {first_line(error)}'}"
         ) from error
     except TypeError as error:  # torch's, for a type that numpy lacks: bfloat16
         raise ValueError(
             f"{where} does not make an array of numpy's: {first_line(error)}: give another type"
         ) from error
+
+
+def _first_unlike(values: Any) -> str:
+    """Return ': row 3 has shape (5,), row 0 (4,)' for a list of arrays or lists, else ''."""
+    try:
+        shapes = [np.shape(value) for value in values]
+    except ValueError:
+        return ""
+    row = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if row is None:
+        return ""
+    return f": row {row} has shape {shapes[row]}, row 0 {shapes[0]}; give all one shape, padded if they differ in size"

@@ -622,7 +622,7 @@ MISTAKES_IN_TABLES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "arrays of differing lengths": ("bad_functions:unequal", _REGRESSION, "inputs 9, target 8"),
     "NaN in arrays": ("bad_functions:nan_inputs", _REGRESSION, "row 5"),
     "a set without a length": ("bad_functions:endless", _REGRESSION, "endless"),
-    "items of differing shapes": ("bad_functions:shapes", _REGRESSION, "does not make one array"),
+    "items of differing shapes": ("bad_functions:shapes", _REGRESSION, "row 1 has shape"),
 }
 
 
