@@ -113,8 +113,9 @@ def _stream(
 
     def needed(schema: pa.Schema, path: str) -> list[str]:
         names = choice.needed(schema, path)
-        schemas.append(plain(schema.empty_table().select(choice.features), config, path))
-        if choice.are_images and is_string(schema.field(config.image_column).type):
+        if not choice.are_images:
+            schemas.append(plain(schema.empty_table().select(choice.features), config, path))
+        elif is_string(schema.field(config.image_column).type):
             raise not_streamed(f"{path} holds the paths of images")
         return names
 

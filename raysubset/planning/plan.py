@@ -87,8 +87,8 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     statistics, lines = _statistics(config, full_set, model)
     if config.method == "subset_pretraining":
         missing = list[Note]()
-        if names := full_set.task.class_names:
-            missing = missing_class_warnings(subsets, full_set.strata, len(names))
+        if full_set.task.class_names:
+            missing = missing_class_warnings(subsets, full_set.strata)
         measuring = _measuring_advice(config, full_set, sizes, model, share)
         lines = [*advice(num_train, sizes, num_outputs, num), *missing, *measuring, *lines]
     drawing = Drawing(config, None, sizes, statistics)

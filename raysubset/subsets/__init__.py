@@ -8,7 +8,6 @@ from raysubset.subsets.cutting import Subset, resolve_cut, sizes_by_share, split
 from raysubset.subsets.determination import (
     advice,
     missing_class_warnings,
-    missing_classes,
     overdetermination_ratio,
     smallest_determined_size,
 )

@@ -20,7 +20,6 @@ class Subset:
 
     id: int
     indices: np.ndarray  # int64 [size], ascending positions in the training split
-    num_classes_seen: int
     name: str | None = None  # for the column scheme: the column's value
 
 
@@ -102,10 +101,7 @@ def split_into_subsets(
     if config.scheme in ("column", "function") and limit is not None:
         dealt = [group[_stratified(labels[group], 1, min(limit, len(group)), generator)[0]] for group in dealt]
     dealt = [np.sort(indices).astype(np.int64) for indices in dealt]
-    return [
-        Subset(i, indices, len(np.unique(labels[indices])), names[i] if names else None)
-        for i, indices in enumerate(dealt)
-    ]
+    return [Subset(i, indices, names[i] if names else None) for i, indices in enumerate(dealt)]
 
 
 def sizes_by_share(shares: Sequence[float], total: int) -> list[int]:

@@ -22,12 +22,6 @@ def smallest_determined_size(num_outputs: int, num_parameters: int) -> int:
     return -(-num_parameters // num_outputs)
 
 
-def missing_classes(subset: Subset, labels: np.ndarray, num_classes: int) -> tuple[int, ...]:
-    """Return the classes without an example in the subset, ascending."""
-    counts = np.bincount(labels[subset.indices], minlength=num_classes)
-    return tuple(np.flatnonzero(counts == 0).tolist())
-
-
 def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parameters: int) -> list[Note]:
     """Return notes for the user on the Q of the full set and of subsets of these sizes; Q < 1 is a warning."""
     full = overdetermination_ratio(num_examples, num_outputs, num_parameters)
@@ -57,22 +51,20 @@ def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parame
     return notes
 
 
-def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray, num_classes: int) -> list[Note]:
+def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray) -> list[Note]:
     """Return warnings about subsets that lack classes of the full set, with these classes."""
-    counts = np.bincount(labels, minlength=num_classes)
-    num_present = np.count_nonzero(counts)
-    lacking = [subset for subset in subsets if subset.num_classes_seen < num_present]
+    present = np.unique(labels)
+    absent = [(subset, np.setdiff1d(present, labels[subset.indices])) for subset in subsets]
+    lacking = [(subset, missing) for subset, missing in absent if len(missing)]
     lines = []
-    for subset in lacking[:_MOST_WARNED]:
-        missing = [str(c) for c in missing_classes(subset, labels, num_classes) if counts[c]]
+    for subset, missing in lacking[:_MOST_WARNED]:
         size, noun = _count(len(subset.indices), "example"), "class" if len(missing) == 1 else "classes"
-        lines.append(f"{_title(subset)} of {size} lacks {noun} {listed(missing, most=_MOST_LISTED)}")
+        lines.append(f"{_title(subset)} of {size} lacks {noun} {listed([*map(str, missing)], most=_MOST_LISTED)}")
     if len(lacking) > _MOST_WARNED:
-        fewest = min(lacking, key=lambda subset: subset.num_classes_seen)
-        lines.append(
-            f"{len(lacking)} of {len(subsets)} subsets lack classes; "
-            f"{_title(fewest)} sees fewest, {fewest.num_classes_seen} of {num_present}"
-        )
+        fewest, missing = max(lacking, key=lambda pair: len(pair[1]))
+        num_seen = len(present) - len(missing)
+        text = f"{_title(fewest)} sees fewest, {num_seen} of {len(present)}"
+        lines.append(f"{len(lacking)} of {len(subsets)} subsets lack classes; {text}")
     return [Note(line, is_warning=True) for line in lines]
 
 
