@@ -3,7 +3,7 @@
 import gc
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,16 @@ def test_storage_that_stays_away_is_lost_in_a_line_and_then_tried_once_until_it_
 
 
 class Flaky:
-    """A server that answers so many requests with 503, and then as moto does."""
+    """A server that answers so many requests with 503, and then as moto does. Before the next GET it does something."""
 
     def __init__(self) -> None:
         self.num_silent, self._moto = 0, DomainDispatcherApplication(create_backend_app)
+        self.before_get: Callable[[], None] | None = None
 
     def __call__(self, environ: Any, start: Any) -> Any:
+        if environ["REQUEST_METHOD"] == "GET" and (action := self.before_get):
+            self.before_get = None
+            action()
         if self.num_silent > 0:
             self.num_silent -= 1
             start("503 Service Unavailable", [("Content-Length", "0")])
@@ -147,6 +151,18 @@ def test_a_run_s_files_are_written_read_and_listed_through_503(flaky: tuple[Flak
         app.num_silent = NUM_SILENT
         step()
         assert app.num_silent == 0
+
+
+def test_a_file_that_is_deleted_between_the_two_requests_of_reading_it_is_missing(flaky: tuple[Flaky, str]) -> None:
+    """A ledger's reader would end as another process compacts it."""
+    app, uri = flaky
+    directory = RunDirectory(uri, "deleted")
+    for num_bytes in (10, 10**6):  # pyarrow tells two errors, neither of them a missing file
+        directory.write_bytes("a", b"a" * num_bytes)
+        app.before_get = lambda: directory.delete("a")
+        with pytest.raises(FileNotFoundError):
+            directory.read_bytes("a")
+        assert app.before_get is None
 
 
 def test_so_are_ray_train_s_in_its_workers_processes(flaky: tuple[Flaky, str], tmp_path: Path) -> None:

@@ -121,7 +121,12 @@ class Patient(pafs.FileSystemHandler):
 
         def read() -> bytes:
             with self._filesystem.open_input_file(path) as file:  # it requests the size first: two requests, not many
-                return file.read()
+                try:
+                    return file.read()
+                except OSError as error:  # deleted between the two requests
+                    if self._filesystem.get_file_info(path).type == pafs.FileType.NotFound:
+                        raise FileNotFoundError(path) from error
+                    raise
 
         return self._take(read)
 
