@@ -89,7 +89,7 @@ def test_it_is_code_that_is_named_and_belongs_to_the_runs_identity():
     ("overrides", "message"),
     [
         ({"rounds.num": 2, "rounds.optimizer_state": "average"}, "set keep or reset"),
-        ({"rounds.learning_rate_scale": 2.0}, "mine:make chooses its own: give minimize.learning_rate"),
+        ({"rounds.learning_rate_scale": 2.0}, "a rate that cannot be scaled or tuned: give minimize.learning_rate"),
         ({"minimize.extrapolation.kind": "isotropic"}, "leave it out"),
     ],
 )
