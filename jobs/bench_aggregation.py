@@ -9,23 +9,23 @@ Measure:    the time in which torch's copy_() copies what a method has to read, 
 Members:    ResNet-18's weights, three sets in turn. "resident": tensors in memory, so the arithmetic alone. "files":
             read from a local run directory as the driver does, from a warm page cache. RegMean has the Gram matrix of
             the linear layer alone: a convolution's products, 2K²M operations each, are no matter of bandwidth.
-Hardware:   one of 2 cores (AMD EPYC, Zen 4) of a virtual machine, 23 GiB, under a load of 23 to 42; torch 2.15, Linux.
-Time:       1 minute under that load.
+Hardware:   one of 2 cores (AMD EPYC, Zen 4) of a virtual machine, 23 GiB, alone (2026-11-30); torch 2.14, Linux.
+Time:       1 minute.
 Result:     n = 7 rounds of 16 members; median and quartiles of the ratio; memory is the growth of the process's peak in
-            sizes of a member, with 4 members and with 16. Half of copy_() is reached by all that are means, where
-            members are resident. Not by DARE and TIES, whose rows are of 2026-11-29, when each of their operations
-            passed over blocks in cache. They pass over whole task vectors since: 0.20 s of CPU a member for TIES where
-            it took 0.15, 0.10 s for DARE where it took 0.04 (11 M parameters, drop = 0.5, one thread of 2 shared
-            cores under load, best of 3, both ways one after the other), and 7 and 4.25 sizes of a member.
+            sizes of a member, with 4 members and with 16. Half of copy_() is reached by most means, where members are
+            resident (on 2026-11-29, with torch 2.15 under load, by fisher, too: 0.58). Not by DARE and TIES, whose
+            operations each pass over blocks in cache. In place of blocks whole task vectors were tried: 187 ms for
+            TIES and 95 for DARE, and memory of 7.0 and 3.3 members. Of TIES' time the exact quantile by a partition of
+            all takes more than half; a sample that bounded it, until it went for its lines, made 40 ms of the whole.
 
                           MiB a member      ms   resident              files                 memory
-            uniform_soup          42.7     5.6   0.93 [0.91 to 0.93]   0.70 [0.69 to 0.70]   1.0, 1.0
-            weighted_soup         42.7     5.8   0.91 [0.90 to 0.97]   0.69 [0.68 to 0.81]   1.0, 1.0
-            fisher                85.3    17.5   0.58 [0.58 to 0.58]   0.56 [0.55 to 0.57]   2.8, 2.9
-            regmean               43.7     8.7   0.62 [0.61 to 0.64]   0.59 [0.56 to 0.60]   1.4, 1.4
-            ties                  42.7    39.5   0.13 [0.12 to 0.14]   0.13 [0.12 to 0.13]   3.7, 3.7
-            dare                  42.7    15.1   0.36 [0.35 to 0.36]   0.31 [0.31 to 0.33]   2.0, 2.1
-            savgm                 85.4    11.7   0.90 [0.88 to 0.92]   0.76 [0.74 to 0.79]   1.1, 1.1
+            uniform_soup          42.7     7.5   0.73 [0.72 to 0.76]   0.48 [0.46 to 0.56]   1.0, 1.0
+            weighted_soup         42.7     7.3   0.74 [0.64 to 0.78]   0.44 [0.38 to 0.51]   1.0, 1.0
+            fisher                85.3    31.1   0.36 [0.27 to 0.40]   0.22 [0.20 to 0.28]   3.2, 3.2
+            regmean               43.7    10.8   0.53 [0.52 to 0.54]   0.36 [0.36 to 0.38]   1.3, 1.3
+            ties                  42.7   100.1   0.05 [0.05 to 0.05]   0.05 [0.05 to 0.05]   4.3, 4.1
+            dare                  42.7    25.1   0.22 [0.20 to 0.22]   0.17 [0.16 to 0.19]   2.0, 2.0
+            savgm                 85.4    18.1   0.58 [0.54 to 0.58]   0.38 [0.32 to 0.40]   1.0, 1.0
 """
 
 import argparse

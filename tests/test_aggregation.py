@@ -183,8 +183,8 @@ STREAMED: dict[str, tuple[Callable[[Sequence[Minimum]], Aggregate], int, float]]
     # beside a member's weights the next one's, or the statistics of both and what they weigh
     "fisher": (lambda minima: fisher_merge(minima, floor=1e-6), 1, 2 + 4),
     "regmean": (lambda minima: regmean(minima, factor=0.9), 1, 1 + 2),
-    "ties": (lambda minima: ties(minima, START, density=0.5, scale=1.0, parameter_names={"w"}), 1, 6 + 1),
-    "dare": (lambda minima: dare(minima, START, drop=0.5, scale=1.0, seed=0, parameter_names={"w"}), 1, 3.25 + 1),
+    "ties": (lambda minima: ties(minima, START, density=0.5, scale=1.0, parameter_names={"w"}), 1, 2.5 + 3),
+    "dare": (lambda minima: dare(minima, START, drop=0.5, scale=1.0, seed=0, parameter_names={"w"}), 1, 1 + 2),
     "savgm": (lambda minima: savgm(minima, fraction=0.5, parameter_names={"w"}), 1, 1 + 3),
 }
 
@@ -209,7 +209,7 @@ def test_memory_does_not_grow_with_the_number_of_members(name):
         with LiveBytes(START) as bytes_:
             method(minima)
         assert loaded == num_reads * list(range(num))
-        assert num_held - 1 < bytes_.most / (4 * SIZE) < num_held + 1
+        assert num_held - 1 < bytes_.most / (4 * SIZE) < num_held + 1  # blocks are a quarter of it
 
 
 def scores(by_value: dict[float, float]) -> Callable[[Weights], Metrics]:

@@ -22,6 +22,8 @@ from raysubset.aggregation.streaming import (
 from raysubset.config import derive_seed
 from raysubset.training import Weights
 
+BLOCK = 2**18  # elements of a task vector at a time: a MiB of float32, which stays in a core's cache
+
 
 def ties(
     minima: Sequence[Minimum], start: Weights, *, density: float, scale: float, parameter_names: Collection[str]
@@ -34,7 +36,8 @@ def ties(
     nothing is added (the authors' code takes the sign of the majority of elements).
 
     All else is averaged by RunningMean's rule, so batch-norm statistics have to be recomputed. Members are streamed
-    once. Memory holds six copies of the parameters, including the result, and one member.
+    once. Memory holds four and a half copies of the parameters, including the result, and one member; six copies from
+    256 members on.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -46,16 +49,17 @@ def ties(
         ValueError: if the minima share no start, and as uniform_soup().
     """
     origin, buffers = _origin("ties", minima, start, parameter_names), mean_of(minima)
-    sums, magnitudes = (torch.zeros_like(_task_vector(origin, origin)) for _ in range(2))
-    num_plus, num_minus = (torch.zeros_like(sums, dtype=torch.int16) for _ in range(2))
+    sums, magnitudes = _zeros(origin), _zeros(origin)
+    num_plus, num_minus = (_zeros(origin, torch.uint8 if len(minima) < 2**8 else torch.int32) for _ in range(2))
     for _, weights in _load_moved(minima, start):
         buffers.add(_without(parameter_names, weights))
-        vector = _task_vector(weights, origin)
-        largest = F.hardshrink(vector, _largest_dropped(vector, density))
-        sums += largest
-        num_plus += largest > 0
-        num_minus += largest < 0
-        magnitudes += largest.abs_()
+        limit = _largest_dropped(weights, origin, density)
+        for place, difference in _differences(weights, origin):
+            largest = F.hardshrink(difference, limit)
+            sums[place].add_(largest)
+            num_plus.numpy()[place] += (largest.numpy() > 0).view(np.uint8)  # six times as fast as torch
+            num_minus.numpy()[place] += (largest.numpy() < 0).view(np.uint8)
+            magnitudes[place].add_(largest.abs_())
     agreeing = magnitudes.add_(sums.abs()).mul_(0.5)  # the sum of magnitudes of elements that have the sum's sign
     agreeing.div_(torch.where(sums > 0, num_plus, num_minus).clamp_min_(1)).mul_(sums.sign_())
     return _moved("ties", minima, start, agreeing, scale, buffers, origin)
@@ -69,7 +73,7 @@ def dare(
     Each element of θ_i - θ_0 is dropped with probability `drop`, rounded to a multiple of 2⁻¹⁶ below one. Kept elements
     are divided by one minus this probability, so that the expectation stays. The result is θ_0 plus `scale` times the
     mean over members (a sum in the paper, whose λ is ours over N). Buffers as in ties(). Members are streamed: memory
-    holds three and a quarter copies of the parameters, including the result, and one member.
+    holds two copies of the parameters, including the result, and one member.
 
     Args:
         start: θ_0, the weights that all minima started from.
@@ -83,12 +87,13 @@ def dare(
     """
     origin, buffers = _origin("dare", minima, start, parameter_names), mean_of(minima)
     num_dropped = min(round(drop * 2**16), 2**16 - 1)  # of 2¹⁶
-    sums = torch.zeros_like(_task_vector(origin, origin))
+    sums = _zeros(origin)
     for minimum, weights in _load_moved(minima, start):
         buffers.add(_without(parameter_names, weights))
-        vector = _task_vector(weights, origin)
         random_words = np.random.SFC64(derive_seed(seed, "dare", minimum.subset_id)).random_raw
-        sums.addcmul_(vector, torch.from_numpy(_draws(random_words, len(vector), num_dropped)).to(vector.dtype))
+        for place, difference in _differences(weights, origin):
+            is_kept = _draws(random_words, len(difference), num_dropped).astype(difference.numpy().dtype)
+            sums[place].addcmul_(difference, torch.from_numpy(is_kept))
     sums /= (1 - num_dropped / 2**16) * len(minima)
     return _moved("dare", minima, start, sums, scale, buffers, origin)
 
@@ -137,23 +142,43 @@ def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Min
         yield minimum, weights
 
 
-def _task_vector(weights: Weights, origin: Weights) -> Tensor:
-    """Return the flat difference of all parameters from the origin, in float32 or a wider type."""
-    dtype = functools.reduce(torch.promote_types, (value.dtype for value in origin.values()), torch.float32)
-    vector = torch.empty(sum(start.numel() for start in origin.values()), dtype=dtype)
-    parts = vector.split([start.numel() for start in origin.values()])
-    for (name, start), part in zip(origin.items(), parts, strict=True):
-        torch.sub(weights[name].to(dtype).flatten(), start.flatten(), out=part)
-    return vector
+def _dtype(origin: Weights) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (value.dtype for value in origin.values()), torch.float32)
+
+
+def _zeros(origin: Weights, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a flat vector of zeros for all these parameters, in float32 or a wider type by default."""
+    return torch.zeros(sum(value.numel() for value in origin.values()), dtype=dtype or _dtype(origin))
+
+
+def _differences(weights: Weights, origin: Weights) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the flat task vector in blocks of BLOCK elements, each with its place. Blocks share one memory."""
+    block = torch.empty(BLOCK, dtype=_dtype(origin))
+    first = filled = 0
+    for name, start in origin.items():
+        member_part, start = weights[name].reshape(-1), start.reshape(-1)
+        while len(member_part):
+            free = BLOCK - filled
+            part = block[filled : filled + len(member_part)]
+            torch.sub(member_part[:free].to(block.dtype), start[:free], out=part)
+            member_part, start, filled = member_part[free:], start[free:], filled + len(part)
+            if filled == BLOCK:
+                yield slice(first, first + BLOCK), block
+                first, filled = first + BLOCK, 0
+    if filled:
+        yield slice(first, first + filled), block[:filled]
 
 
 def _without(names: Collection[str], weights: Weights) -> Weights:
     return {key: value for key, value in weights.items() if key not in names}
 
 
-def _largest_dropped(vector: Tensor, density: float) -> float:
+def _largest_dropped(weights: Weights, origin: Weights, density: float) -> float:
     """Return a magnitude that only the elements to keep exceed; 0 if fewer elements have moved at all."""
-    ordered, num_kept = vector.abs().numpy(), max(1, round(density * len(vector)))
+    magnitudes = _zeros(origin)
+    for place, difference in _differences(weights, origin):
+        magnitudes[place] = difference.abs_()
+    ordered, num_kept = magnitudes.numpy(), max(1, round(density * len(magnitudes)))
     ordered.partition(-num_kept)
     return float(np.nextafter(ordered[-num_kept], ordered.dtype.type(0)))
 

@@ -290,7 +290,8 @@ class AggregatePiece:
         """Return the outer step's momentum after the round before; {} in the first."""
         if self.momentum is None:
             return {}
-        stored, record = self.momentum.stored(), self.momentum.directory.read_json(self.momentum.record_path)
+        record = self.momentum.directory.read_json(self.momentum.record_path)
+        stored = self.momentum.directory.read_weights(self.momentum.weights_path, record["files"])
         return from_differences(stored, zeros_of(start, names)) if "base" in record else stored
 
 
