@@ -216,7 +216,7 @@ class Processes(InProcess):
             number = piece.subset_id if isinstance(piece, Piece) else None
             self._storage.process = f"actor {number or 0}"
             self._patch.setattr(stored, "RECENT", self._recent[number or 0])
-            self._patch.setattr(pieces_of_work, "_NEWEST", pieces_of_work._Newest())
+            self._patch.setattr(pieces_of_work, "RECENT", self._recent[number or 0])
             taken_bytes()
             if isinstance(piece, AggregatePiece):
                 record: Any = leave_aggregate(self.opened.full_set, 0, piece, start, node="here")[1]

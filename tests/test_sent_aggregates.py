@@ -11,10 +11,10 @@ from raysubset.config import Config, stages
 from raysubset.errors import CorruptFile
 from raysubset.models import new_model, trainable_names
 from raysubset.run_directory import RunDirectory, aggregate_path, aggregate_weights_path, momentum_path
+from raysubset.run_directory.recent import RECENT
 from raysubset.subset_actors import Pack
 from raysubset.training import evaluate
 from raysubset.work import AggregatePiece, Output, leave_aggregate
-from raysubset.work import pieces as pieces_of_work
 from tests import test_overlap
 from tests.test_matrix import InProcess
 from tests.test_rounds import cached, config_of, planned, rounds_of, run_of
@@ -87,7 +87,7 @@ def test_a_run_that_was_stopped_after_any_round_ends_at_the_same_bits(tmp_path: 
     assert ["base" in record for record in records] == [False, True, True, False, False]
     for num in (2, 3, 4):
         run_of(config, tmp_path, num=num, name=f"stopped-{num}")
-        pieces_of_work._NEWEST = pieces_of_work._Newest()  # of the process that was stopped
+        RECENT.sum = None, {}  # of the process that was stopped
         assert same_bits(run_of(config, tmp_path, name=f"stopped-{num}")[0], whole)
 
 
@@ -98,10 +98,10 @@ def test_damage_to_what_an_aggregate_differs_from_is_mended_by_the_same_bits(tmp
     with pytest.raises(KeyboardInterrupt):
         test_overlap.run_of(config, tmp_path, num=3 * 3)  # round 2's aggregate, which is 0's and two differences
     directory = RunDirectory(str(tmp_path), "run")
-    pieces_of_work._NEWEST = pieces_of_work._Newest()
+    RECENT.sum = None, {}
     before = output_of(directory, 2).weights()
     directory.write_bytes(aggregate_weights_path(damaged), b"half")
-    pieces_of_work._NEWEST = pieces_of_work._Newest()
+    RECENT.sum = None, {}
     with pytest.raises(CorruptFile, match=f"rounds/000{damaged}"):
         output_of(directory, 2).weights()
     resumed, _ = test_overlap.run_of(config, tmp_path)
@@ -115,7 +115,7 @@ def test_differences_from_weights_that_are_others_now_are_refused_and_their_roun
     directory, other = RunDirectory(str(tmp_path), "run"), RunDirectory(str(tmp_path), "other")
     for path in (aggregate_path(1), aggregate_weights_path(1)):
         directory.write_bytes(path, other.read_bytes(path))
-    pieces_of_work._NEWEST = pieces_of_work._Newest()
+    RECENT.sum = None, {}
     with pytest.raises(CorruptFile, match=r"0002/agg.* differences from rounds/0001.*another file now"):
         output_of(directory, 2).weights()
     directory.delete(aggregate_path(1))
@@ -141,7 +141,7 @@ def test_a_process_adds_up_only_what_it_does_not_have(tmp_path: Path, monkeypatc
     monkeypatch.setattr(
         RunDirectory, "read_weights", lambda self, path, files: read.append(path) or read_weights(self, path, files)
     )
-    pieces_of_work._NEWEST = pieces_of_work._Newest()
+    RECENT.sum = None, {}
     first = output_of(directory, 1).weights()
     assert read == [aggregate_weights_path(1), aggregate_weights_path(0)]
     for tensor in first.values():  # by whoever got them
@@ -149,7 +149,7 @@ def test_a_process_adds_up_only_what_it_does_not_have(tmp_path: Path, monkeypatc
     read.clear()
     later = output_of(directory, 2).weights()
     assert read == [aggregate_weights_path(2)]
-    pieces_of_work._NEWEST = pieces_of_work._Newest()
+    RECENT.sum = None, {}
     assert same_bits(output_of(directory, 2).weights(), later)
     again = output_of(directory, 2).weights()
     assert len(read) == 4

@@ -225,10 +225,11 @@ class Rounds:
             self._delete_minima(old_round)
             if old_round:
                 directory.delete(momentum_path(old_round - 1))
-            sends_whole, earlier = self._config.rounds.sends_whole, old_round - 1
-            while sends_whole(old_round) and earlier >= 0:  # no aggregate differs from these any more
-                directory.delete(aggregate_weights_path(earlier))
-                earlier = -1 if sends_whole(earlier) else earlier - 1
+            if self._config.rounds.sends_whole(old_round):  # no aggregate differs from earlier ones any more
+                for earlier in reversed(range(old_round)):
+                    directory.delete(aggregate_weights_path(earlier))
+                    if self._config.rounds.sends_whole(earlier):
+                        break
 
     def finish(self) -> None:
         """Delete the last round's minima if rounds.keep_minima is 0. The aggregate's record includes theirs."""

@@ -26,6 +26,7 @@ from raysubset.run_directory import (
     weights_path,
 )
 from raysubset.run_directory.ledger import Stage
+from raysubset.run_directory.recent import RECENT
 from raysubset.training import MEASURES, Cost, Measure, Metrics, Progress, Weights
 from raysubset.work.cutting import cut_subsample, cut_subsets
 from raysubset.work.starting import random_model, seeded_model
@@ -76,12 +77,12 @@ class Output:
             return self.directory.read_weights(path, files)
         if (weights := self._newest(files[path])) is None:
             weights = from_differences(self.directory.read_weights(path, files), self._base_weights(base))
-            _NEWEST.sum = (self.directory.uri, path, files[path]), weights
+            RECENT.sum = (self.directory.uri, path, files[path]), weights
         return {name: tensor.clone() for name, tensor in weights.items()}
 
     def _newest(self, seal: Seal) -> Weights | None:
         """Return its weights if this process added them up last."""
-        key, weights = _NEWEST.sum
+        key, weights = RECENT.sum
         return weights if key == (self.directory.uri, self.weights_path, seal) else None
 
     def _base_weights(self, base: dict[str, str]) -> Weights:
@@ -98,15 +99,6 @@ class Output:
             text = f"in {self.directory.uri} holds differences from {output.weights_path}, which is another file now"
             raise CorruptFile(self.weights_path, f"{self.weights_path} {text}")
         return output._sum(record)
-
-
-class _Newest:
-    """The last weights that this process added up, with directory, path and seal: those of the next round need them."""
-
-    sum: tuple[tuple[str, str, Seal] | None, Weights] = None, {}
-
-
-_NEWEST = _Newest()
 
 
 @dataclass(frozen=True)
