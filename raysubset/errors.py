@@ -1,4 +1,4 @@
-"""One-line texts of errors for messages and records, short lists of names, and the error for a damaged file."""
+"""One-line texts of errors for messages and records, short lists of names, and errors of damaged and changed files."""
 
 import os
 import traceback
@@ -30,6 +30,10 @@ class CorruptFile(ValueError):
 
     def __str__(self) -> str:
         return self.args[1]
+
+
+class ChangedFile(ValueError):
+    """A file of the user's that is no longer what it was when the command began. No other work may read it."""
 
 
 def first_line(error: BaseException) -> str:

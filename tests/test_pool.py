@@ -14,6 +14,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from raysubset import Config
+from raysubset.errors import ChangedFile
 from raysubset.events import Event, Note, Retry, Start
 from raysubset.fine_tuning import FineTuningFailed
 from raysubset.pulse import Pulse
@@ -234,6 +235,22 @@ def test_a_damaged_start_of_a_ray_train_job_is_no_failure_of_the_job(
     job = Piece(run.config, run.directory, "fine_tuning", by_train=True, num_workers=2)
     with ActorPool(run, num_gpus=0.0) as pool, pytest.raises(CorruptFile):
         list(pool.results(Backlog([Pack((job,))])))
+
+
+def test_a_file_of_the_users_that_was_replaced_ends_all_work(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = ChangedFile("start.pt has other bytes")
+
+    def train(run: Run, job: Piece, *, num_gpus: float) -> None:
+        raise changed
+
+    fake(1, lambda pieces, attempt: RayTaskError("do", "Traceback", changed))
+    run = opened(tmp_path, [])
+    monkeypatch.setattr(pool_module, "fine_tune", train)
+    for piece in (pieces_of(run, 1)[0], Piece(run.config, run.directory, "fine_tuning", by_train=True, num_workers=2)):
+        with ActorPool(run, num_gpus=0.0) as pool, pytest.raises(ChangedFile, match="other bytes"):
+            list(pool.results(Backlog([Pack((piece,))])))
 
 
 def test_what_a_result_made_due_starts_before_the_caller_has_taken_the_result(tmp_path: Path, fake: Any) -> None:

@@ -1,7 +1,9 @@
 """model.weights: what a run starts from instead of random weights."""
 
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from torch import Tensor
 from raysubset.cli import call
 from raysubset.config import Config
 from raysubset.data import FullSet, load_full_set
+from raysubset.errors import ChangedFile
 from raysubset.models import architecture
+from raysubset.pipeline.session import Command
 from raysubset.planning import make_plan
 from raysubset.run_directory import MODEL_PATH, RunDirectory
 from raysubset.tasks import Classification
 from raysubset.trained_model import ModelRecord, save_model
-from raysubset.work import perturbed, seeded_model
+from raysubset.work import Minimizer, Piece, perturbed, seeded_model
 from raysubset.work.identity import identify
 from raysubset.work.starting import random_model, start_note
 
@@ -178,6 +182,30 @@ def test_a_file_with_other_bytes_is_another_start(full_set: FullSet, tmp_path: P
     saved(tmp_path, weights_of(full_set, seed=8))
     (told,) = identify([config], {config.learned: full_set}, None).changed(before)
     assert "start.safetensors has other bytes" in told
+
+
+def test_a_file_that_is_replaced_while_it_is_in_use_is_not_read(full_set: FullSet, tmp_path: Path) -> None:
+    config = config_from(saved(tmp_path, weights_of(full_set)), storage_path=str(tmp_path))
+    full_sets = {config.learned: full_set}
+    command = partial(Command, "run", config, None, fresh=False, accept_changed_code=False)
+    command().load([config], full_sets)
+    in_use = pickle.loads(pickle.dumps(full_sets[config.learned]))  # as actors and trials of a sweep get it
+    piece, minimizer = (
+        Piece(config, RunDirectory(str(tmp_path), "run"), "trunk"),
+        Minimizer(lambda: in_use, num_gpus=0, node=""),
+    )
+    assert minimizer.minimize([piece], None, attempts=[0], waited_s=0.0)[0] is not None
+    saved(tmp_path, weights_of(full_set, seed=8))
+    full_sets = {config.learned: in_use}
+    command().load([config], full_sets)  # a later trial of the sweep
+    for later in (in_use, full_sets[config.learned]):
+        minimizer = Minimizer(lambda later=later: later, num_gpus=0, node="")
+        with pytest.raises(
+            ChangedFile, match=r"start.safetensors changed while .*has other bytes: put the old file back"
+        ):
+            minimizer.minimize([piece], None, attempts=[1], waited_s=0.0)
+    saved(tmp_path, weights_of(full_set))
+    assert minimizer.minimize([piece], None, attempts=[2], waited_s=0.0)[0] is not None
 
 
 def test_contradictions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

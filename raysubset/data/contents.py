@@ -20,7 +20,7 @@ from raysubset.data.full_set import FullSet
 from raysubset.data.listing import locate
 from raysubset.data.named import torchvision_files
 from raysubset.data.streamed import StreamedSplit
-from raysubset.errors import listed
+from raysubset.errors import ChangedFile, listed
 from raysubset.events import Note
 from raysubset.fingerprints import MOST_NAMED, Entry, changes, entries, fingerprint, hasher
 from raysubset.tasks import task_to_dict
@@ -136,7 +136,7 @@ def refuse_changed_files(full_set: FullSet) -> None:
     """Refuse a streamed split whose files changed since their rows were counted.
 
     Raises:
-        ValueError: with the difference.
+        ChangedFile: with the difference.
     """
     if isinstance(full_set.train, StreamedSplit):
         digested_again(full_set.train.groups.config.name, full_set.fingerprint)
@@ -146,12 +146,12 @@ def digested_again(name: str, old: pa.Table) -> pa.Table:
     """Digest the files of a set's fingerprint again, as far as they may have changed.
 
     Raises:
-        ValueError: with the difference, if they did.
+        ChangedFile: with the difference, if they did.
     """
     root = (old.schema.metadata or {})[b"root"].decode()
     new = _digests(locate(name)[0], root, list(entries(old)), old)
     if difference := changes(old, new):
-        raise ValueError(
+        raise ChangedFile(
             f"{name} changed while it was in use: {listed(difference, most=MOST_NAMED)}: do not change data while "
             "training on them, and start over with --fresh, or under another --name"
         )

@@ -36,6 +36,7 @@ class FullSet:
     task: Task  # fitted on the training split
     advice: tuple[Note, ...]  # decisions made for the user, and warnings
     fingerprint: pa.Table = field(default_factory=lambda: fingerprint(()))  # of the files or arrays it was read from
+    start_weights: Mapping[str, pa.Table] = field(default_factory=dict)  # fingerprints of model.weights, by their name
     augmentation: OwnAugmentation | None = None  # of training batches, instead of the task's
     is_ever_augmented: bool = True  # False: data.augmentation=none, whatever the task draws
 

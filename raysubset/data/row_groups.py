@@ -17,7 +17,7 @@ from raysubset.data.images import EncodedImages, decode
 from raysubset.data.layout import Placed
 from raysubset.data.listing import locate
 from raysubset.data.split import SplitName, is_scalar
-from raysubset.errors import first_line
+from raysubset.errors import ChangedFile, first_line
 from raysubset.tasks import TableInputs
 
 _READ_BYTES = 2**28  # of columns that are read together, estimated at _VALUE_BYTES a value
@@ -78,7 +78,8 @@ class RowGroups(ABC):
             requests: pairs of a row group and its rows, ascending, int64.
 
         Raises:
-            ValueError: for a file that cannot be read, or has changed since its row groups were counted.
+            ValueError: for a file that cannot be read.
+            ChangedFile: for one that has changed since its row groups were counted.
         """
         group_requests, row_requests = itertools.tee(requests)
         tables = self.tables(group for group, _ in group_requests)
@@ -107,7 +108,7 @@ class RowGroups(ABC):
         number, num_counted = int(self.numbers[group]), self.starts[group + 1] - self.starts[group]
         if number >= metadata.num_row_groups or metadata.row_group(number).num_rows != num_counted:
             path = self.paths[self.files[group]]
-            raise ValueError(f"{path} has changed since its row groups were counted: start a new run")
+            raise ChangedFile(f"{path} has changed since its row groups were counted: start a new run")
 
     def describe(self, group: int) -> str:
         """Return the group's number and file, for messages."""

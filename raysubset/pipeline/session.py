@@ -19,6 +19,7 @@ from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory, StorageL
 from raysubset.run_directory.ledger import Ledger
 from raysubset.tracking import refuse_missing
 from raysubset.user_code.functions import refuse_import
+from raysubset.work import weights_name
 from raysubset.work.identity import identify, known_fingerprint
 
 
@@ -149,12 +150,22 @@ class Command:
         self.tell(Note(f"{self.directory.uri} is finished: this is its report (--fresh starts over)"))
 
     def load(self, configs: Iterable[Config], full_sets: dict[Learned, FullSet]) -> Identity:
-        """Load the full sets of these configs that are not in full_sets yet. Return what their names stand for."""
+        """Load the full sets of these configs that are not in full_sets yet. Return what their names stand for.
+
+        The sets take with them what weights to start from were now, or when a sweep that gave them began, so that a
+        process that reads the file later finds out whether it was replaced.
+        """
         configs = list(configs)
         for config in configs:
             if (learned := config.learned) not in full_sets:
                 full_sets[learned] = load_full_set(*learned, known=known_fingerprint(self._old_identity, config))
-        return identify(configs, full_sets, self._old_identity)
+        identity = identify(configs, full_sets, self._old_identity)
+        named = (weights_name(config.model) for config in configs if config.model.weights)
+        start_weights = {name: identity.data[name] for name in named}
+        for learned, full_set in full_sets.items():
+            first = start_weights | dict(full_set.start_weights)
+            full_sets[learned] = dataclasses.replace(full_set, start_weights=first)
+        return identity
 
     @contextmanager
     def opened(

@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 
 from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, describe, draining_nodes, put_once
 from raysubset.costs import Cost
-from raysubset.errors import one_line
+from raysubset.errors import ChangedFile, one_line
 from raysubset.events import Attempt, Note, Progress, Retry, Start, Waiting
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.pulse import Watch
@@ -30,6 +30,7 @@ WAIT_S = 0.25  # at most, between two looks at results
 POLL_S = 1.0  # between two looks at actors' progress, draining nodes and actors without a place
 MOST_REPORTS_PER_S = 50  # of all actors together: each costs the driver 1 ms of CPU time
 PLACE_ERRORS = (OSError, torch.AcceleratorError)  # of failed work: storage and devices may do better elsewhere
+FILE_ERRORS = (CorruptFile, ChangedFile)  # they end all work: the caller has it done again, or the user is told
 
 Outcome = dict[str, Any] | Exception  # a record, or why the work failed for good
 Done = tuple[AnyPiece, Outcome]
@@ -114,7 +115,7 @@ class ActorPool:
 
         Raises:
             TimeoutError: as run().
-            CorruptFile: if a file that a piece needs is damaged.
+            CorruptFile, ChangedFile: if a file that a piece needs is damaged, or of the user's and another one now.
         """
         start_ref = None if start is None else put_once(start)
         while True:
@@ -131,7 +132,7 @@ class ActorPool:
     def _train(self, job: Piece) -> Outcome:
         try:
             return fine_tune(self.opened, job, num_gpus=self._num_gpus)
-        except CorruptFile:
+        except FILE_ERRORS:
             raise
         except (ValueError, FineTuningFailed) as error:
             return error
@@ -207,7 +208,7 @@ class ActorPool:
         except SYSTEM_ERRORS as error:
             return self._put_back_lost(slot, backlog, error)
         except RayTaskError as error:
-            if isinstance(error.cause, CorruptFile):  # ours to begin with, which Ray wrapped
+            if isinstance(error.cause, FILE_ERRORS):  # ours to begin with, which Ray wrapped
                 raise error.cause from None
             if isinstance(error.cause, PLACE_ERRORS):
                 return self._put_back_lost(slot, backlog, error)

@@ -29,6 +29,13 @@ from raysubset.work.pieces import (
 )
 from raysubset.work.run import Run
 from raysubset.work.spans import round_spans
-from raysubset.work.starting import fixed_weights, restore_frozen, seeded_model, start_note, weights_fingerprint
+from raysubset.work.starting import (
+    fixed_weights,
+    restore_frozen,
+    seeded_model,
+    start_note,
+    weights_fingerprint,
+    weights_name,
+)
 from raysubset.work.testing import leave_metrics, leave_test, test_weights
 from raysubset.work.trained import distillation_of, leave_trained

@@ -14,7 +14,7 @@ from raysubset.events import Note
 from raysubset.fingerprints import Identity
 from raysubset.user_code.given import given_fingerprint, is_given
 from raysubset.user_code.source_files import code_fingerprint, source_files
-from raysubset.work import weights_fingerprint
+from raysubset.work import weights_fingerprint, weights_name
 
 
 def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], old_identity: Identity | None) -> Identity:
@@ -36,8 +36,8 @@ def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], old_i
                 table = full_sets[learned].fingerprint
             data[name] = table
             places |= _data_place(config.data)
-        if (source := config.model.weights) and f"weights {source}" not in data:
-            data[f"weights {source}"] = weights_fingerprint(config.model)
+        if config.model.weights and (name := weights_name(config.model)) not in data:
+            data[name] = weights_fingerprint(config.model)
         for field, reference in config.functions().items():
             if not shapes_result(field):  # a listener, say, changes no result
                 continue

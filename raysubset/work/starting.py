@@ -1,6 +1,5 @@
 """seeded_model(): the network that a run starts from, with seeded weights or those that model.weights names."""
 
-import hashlib
 import io
 import os
 from collections.abc import Collection, Mapping
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 
 from raysubset.config import Config, ModelConfig, derive_seed
 from raysubset.data import FullSet
-from raysubset.errors import first_line, listed
+from raysubset.errors import ChangedFile, first_line, listed
 from raysubset.events import Note
-from raysubset.fingerprints import Entry, fingerprint
+from raysubset.fingerprints import Entry, changes, fingerprint, hasher
 from raysubset.models import architecture, new_model
 from raysubset.run_directory import FROZEN_FOLDER, MODEL_PATH, MODEL_RECORD_PATH, RunDirectory
 from raysubset.run_directory.weights_files import frozen_of
@@ -36,6 +35,7 @@ def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -
 
     Raises:
         ValueError: if model.weights does not exist, or is of another network.
+        ChangedFile: if it is another file than full_set.start_weights knows.
     """
     model = random_model(config, full_set, start_id)
     if config.model.weights:
@@ -122,6 +122,11 @@ def _meanings(task: Task) -> dict[str, Any]:
     }
 
 
+def weights_name(config: ModelConfig) -> str:
+    """Return what identities call the file that model.weights names."""
+    return f"weights {config.weights}"
+
+
 def weights_fingerprint(config: ModelConfig) -> pa.Table:
     """Return a digest of the file that model.weights names.
 
@@ -129,8 +134,11 @@ def weights_fingerprint(config: ModelConfig) -> pa.Table:
         ValueError: if there is none.
     """
     directory, file = _weights_file(config)
-    data = directory.read_bytes(file)
-    return fingerprint([Entry(file, len(data), hashlib.blake2b(data, digest_size=16).hexdigest())])
+    return _fingerprint(file, directory.read_bytes(file))
+
+
+def _fingerprint(file: str, data: bytes) -> pa.Table:
+    return fingerprint([Entry(file, len(data), hasher(data).hexdigest())])
 
 
 def _weights_file(config: ModelConfig) -> tuple[RunDirectory, str]:
@@ -173,6 +181,12 @@ def _read(config: ModelConfig, full_set: FullSet) -> dict[str, Tensor]:
     """Return the tensors of the file that model.weights names, by name. Pickles are read with weights_only=True."""
     directory, file = _weights_file(architecture(config, full_set.spec))
     data = directory.read_bytes(file)
+    name, new = weights_name(config), _fingerprint(file, data)
+    if difference := changes(full_set.start_weights.get(name, new), new):
+        raise ChangedFile(
+            f"{name} changed while they were in use: {listed(difference)}: put the old file back, and the same command "
+            "resumes; or start over with --fresh, or under another --name"
+        )
     try:
         if file.endswith(".safetensors"):
             content: Any = safetensors.torch.load(data)
