@@ -615,6 +615,21 @@ class TestLease:
             assert lease.lost
         assert run.read_json("lease.json")["driver"] == "thief"
 
+    def test_a_driver_that_stood_still_looks_whether_another_has_taken_over_before_it_goes_on(self, run):
+        now = 1000.0
+        with Lease(run, renew_s=3600, clock=lambda: now) as lease:  # its thread has not had its turn yet
+            now += 59
+            lease.check()
+            assert run.read_json("lease.json")["renewed_at"] == 1000.0
+            now += 2
+            lease.check()
+            assert run.read_json("lease.json")["renewed_at"] == 1061.0
+            run.write_json("lease.json", run.read_json("lease.json") | {"driver": "successor"})
+            now += 61
+            with pytest.raises(RuntimeError, match=r"another driver has taken over .*; this driver stops"):
+                lease.check()
+        assert run.read_json("lease.json")["driver"] == "successor"
+
     def test_a_folder_that_is_deleted_or_unmounted_is_called_that_and_is_not_made_again(self, run):
         with Lease(run, renew_s=3600) as lease:
             run.open(CONFIG, {})

@@ -53,8 +53,7 @@ class Sessions:
         """Return a `tell` that also writes a heartbeat, and raises RuntimeError once another driver has taken over."""
 
         def checked_tell(event: Event) -> None:
-            if self._lease.lost:
-                raise RuntimeError(f"{self._lease.lost}; this driver stops")
+            self._lease.check()
             self.heartbeat()
             tell(event)
 
@@ -71,6 +70,8 @@ class Sessions:
                 self.write()
 
     def write(self) -> None:
+        """Write this session's seconds. Raise RuntimeError once another driver has taken over."""
+        self._lease.check()
         self._written_at = time.perf_counter()
         self._session["wall_s"] = self._written_at - self._began
         self._directory.write_json(SESSIONS_PATH, {"sessions": self._sessions})

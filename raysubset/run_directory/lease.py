@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import os
 import socket
 import threading
@@ -37,6 +38,7 @@ class Lease:
     ) -> None:
         self.lost: str | None = None  # the reason: another driver has the lease, or the run's folder is gone
         self._directory, self._renew_s, self._clock = directory, renew_s, clock
+        self._written_at = math.inf
         self._stop = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name=f"lease of {directory.name}", daemon=True)
         self._record = {
@@ -81,6 +83,17 @@ class Lease:
         except OSError as error:  # must not hide the exception that left the block
             logger.warning("the lease of %s could not be released and will expire: %s", self._directory.uri, error)
 
+    def check(self) -> None:
+        """Stop a driver that has lost the lease. One that stood still for long, suspended or stopped, looks first.
+
+        Raises:
+            RuntimeError: if another driver has taken over, or the run's folder is gone.
+        """
+        if self._clock() - self._written_at > DEAD_AFTER_S:
+            self._try_to_renew()
+        if self.lost:
+            raise RuntimeError(f"{self.lost}; this driver stops")
+
     def is_held(self) -> bool:
         """Return True if a living driver holds the lease now."""
         holder = self._holder()
@@ -100,17 +113,22 @@ class Lease:
 
     def _keep(self) -> None:
         while not self.lost and not self._stop.wait(self._renew_s):
-            try:
-                self.renew()
-            except OSError as error:
-                logger.warning("the lease of %s could not be renewed, trying again: %s", self._directory.uri, error)
+            self._try_to_renew()
+
+    def _try_to_renew(self) -> None:
+        try:
+            self.renew()
+        except OSError as error:
+            logger.warning("the lease of %s could not be renewed, trying again: %s", self._directory.uri, error)
 
     def _holder(self) -> dict[str, Any] | None:
         """Return the holder that the file names; None if there is no file, or it is damaged."""
         return self._directory.read_json_or_none(LEASE_PATH)
 
     def _write(self) -> None:
-        self._directory.write_json(LEASE_PATH, self._record | {"renewed_at": self._clock()})
+        now = self._clock()
+        self._directory.write_json(LEASE_PATH, self._record | {"renewed_at": now})
+        self._written_at = now
 
     def _is_own(self, holder: Mapping[str, Any] | None) -> bool:
         return holder is not None and holder["driver"] == self._record["driver"]

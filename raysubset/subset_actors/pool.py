@@ -185,9 +185,9 @@ class ActorPool:
             slot.submitted_at, slot.report_requested_at = time.time(), time.monotonic()
             slot.attempts = self._number_attempts(pack)
             given = None if pack.names_start else start_ref
-            result_ref = slot.actor.do.remote(pack.pieces, given, attempts=slot.attempts, waited_s=waited_s)
-            for place, piece in enumerate(pack.pieces):
+            for place, piece in enumerate(pack.pieces):  # before it does, as it does not if the lease is lost
                 self._tell(Start(f"{piece.label} starts on {slot.ip}", _attempt(slot, place)))
+            result_ref = slot.actor.do.remote(pack.pieces, given, attempts=slot.attempts, waited_s=waited_s)
             self._crew.set_busy(slot, result_ref)
 
     def _number_attempts(self, pack: Pack) -> list[int]:

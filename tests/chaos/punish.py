@@ -1,12 +1,15 @@
-"""Kill parts of a run at random until it has had enough, and see whether it still ends where an undisturbed one does.
+"""Kill parts of a run at work until it has had enough, and see whether it still ends where an undisturbed one does.
 
     python -m tests.chaos.punish --out /tmp/punished --kills 50 --minutes 60 --seed 1
+    python -m tests.chaos.punish --out /tmp/punished --s3 --set rounds.send=int8 rounds.overlap=
 
 One undisturbed run gives the reference. Then runs of the same config are disturbed, in turn on a Ray of the driver's
 own ("local") and on a cluster of a head and two worker nodes in a process of its own ("nodes", which gets a new node
-for each that dies). At random moments a victim, of a kind that was hit least so far, gets SIGKILL (or, of some kinds,
-SIGTERM); a driver that ended with anything but 0 is started again by the same command. What must hold at
-the end of each run:
+for each that dies). A moment to strike is a change in the run directory: a heartbeat or a checkpoint, an epoch of a Ray
+Train stage, a minimum or an aggregate that is being written. Draws choose among them, sooner in stages that were hit
+less, and a victim of a kind that was hit least so far gets SIGKILL (or, of some kinds, SIGTERM). A driver that ended
+with anything but 0 is started again by the same command. The summary says how many kills struck which stage: one whose
+entry in the ledger was open at that moment; none is "between". What must hold at the end of each run:
 
   bits      every minimum, aggregate and the final model equal the reference's bit for bit, and so do test results
   ledger    each piece of work was done, once; its attempts together made at least the reference's steps, and more only
@@ -23,32 +26,39 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from tests.buckets import bucket
+
+RAYSUBSET = [sys.executable, "-m", "raysubset"]
 TAG = "PUNISH_TAG"
-EVERY_EPOCHS = 10  # between two checkpoints of a subset
+EVERY_EPOCHS = 5  # between two checkpoints of a subset
+STEP_S = 0.01  # that a step takes at least, so that stages last and leave the machine to others
 FLAGS = {
     "name": "run",
     "subsets.num": 4,
-    "minimize.epochs": 60,
+    "minimize.epochs": 30,
     "trunk.epochs": 10,
     "rounds.num": 3,
     "rounds.outer-momentum": 0.5,
-    "fine-tuning.epochs": 100,  # its workers live long enough to be hit
+    "fine-tuning.epochs": 30,
     "fine-tuning.num-workers": 2,  # a Ray Train job: one alone is an actor
     "actors.checkpoint-epochs": EVERY_EPOCHS,
+    "actors.on-step": "tests.chaos.punish:rest",
 }
 
 KINDS = [
@@ -66,6 +76,22 @@ TITLES = {
     "train_worker": "ray::RayTrainWorker",
     "train_controller": "ray::TrainController",
 }
+STAGES = {  # by the paths in a run of what their work writes, files in the making too
+    r"(ledger/)?trunk": "trunk",
+    r"ledger/subs|rounds/\d+/(minima|subsamples)/": "members",
+    r"ledger/aggregation|rounds/\d+/\.?(aggregate|momentum)": "aggregation",
+    r"(ledger/)?(fine_tuning|conventional)": "fine-tuning",
+    r"ledger/test|\.?(model|test_)": "test",
+}
+BETWEEN = "between"
+
+Driver = subprocess.Popen[bytes]
+Victims = dict[tuple[str, int], list[int]]  # process ids by kind and signal
+
+
+def rest(step: Any) -> None:
+    """Listen to a step: make it last."""
+    time.sleep(STEP_S)
 
 
 @dataclass
@@ -103,9 +129,9 @@ class Tagged:
         return [process for process in self.seen if _lives(process)]
 
     def of_kind(self, kind: str) -> list[psutil.Process]:
-        return [process for process in self.all() if self._is(process, kind)]
+        return [process for process in self.all() if self.is_of(process, kind)]
 
-    def _is(self, process: psutil.Process, kind: str) -> bool:
+    def is_of(self, process: psutil.Process, kind: str) -> bool:
         with contextlib.suppress(psutil.Error, ValueError):  # a process that ends just now has no words
             first, *rest = process.cmdline()
             if kind == "raylet":
@@ -120,9 +146,10 @@ class Tagged:
         until = time.monotonic() + grace_s
         while (left := self.all()) and time.monotonic() < until:
             time.sleep(1)
-        titles = [" ".join(_cmdline(process))[:80] for process in left]
+        titles = list[str]()
         for process in left:
             with contextlib.suppress(psutil.Error):
+                titles.append(" ".join(process.cmdline())[:80])
                 process.kill()
         return titles
 
@@ -131,12 +158,6 @@ def _lives(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def _cmdline(process: psutil.Process) -> list[str]:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()
-    return []
 
 
 # A cluster of several nodes, in a process of its own
@@ -179,14 +200,8 @@ def cluster_of_nodes(tagged: Tagged, port: int, log: Path) -> Iterator[tuple[str
     """Its address, and the process id of the head's raylet."""
     with log.open("ab") as errors:
         command = [sys.executable, __file__, "--keep-cluster", str(port)]
-        keeper = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | tagged.environment(),
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        keeper = subprocess.Popen(command, text=True, env=os.environ | tagged.environment(), **pipes)
     assert keeper.stdin
     assert keeper.stdout
     try:
@@ -208,116 +223,135 @@ def cluster_of_nodes(tagged: Tagged, port: int, log: Path) -> Iterator[tuple[str
 # A run
 
 
-def command(storage_path: Path, address: str | None) -> list[str]:
-    flags = [word for key, value in FLAGS.items() for word in (f"--{key}", str(value))]
+class Place:
+    """Where a run lies: in a local folder, or below a URI of an object store. Whenever it writes, it may be struck."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self._old = uri, dict[str, Any]()
+        self._files, folder = pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
+        self._root = f"{folder}/run"
+
+    def _state(self) -> dict[str, tuple[float, int]]:
+        """Return when the run's files were written, and their sizes, by path; those in the making too."""
+        with contextlib.suppress(OSError):  # of a folder that came or went meanwhile
+            infos = self._files.get_file_info(pafs.FileSelector(self._root, recursive=True, allow_not_found=True))
+            files = (info for info in infos if info.is_file)
+            return {info.path.removeprefix(f"{self._root}/"): (info.mtime_ns / 1e9, info.size) for info in files}
+        return self._old
+
+    def changed_stage(self) -> str | None:
+        """Return the stage of a file that was written since the last look; None if none was."""
+        old, self._old = self._old, self._state()
+        stages = sorted({_stage_of(path) for path, written in self._old.items() if old.get(path) != written})
+        return next((stage for stage in stages if stage != BETWEEN), BETWEEN if stages else None)
+
+    def stage_at_work(self, likely: str, since: float) -> str:
+        """Return a stage with an open entry that was written since then: the likely one if possible."""
+        paths = [path for path, (at, _) in self._state().items() if "ledger/" in path and at >= since]
+        stages = {_stage_of(path) for path in paths if self._read(path).get("outcome") == "running"}
+        return likely if likely in stages else min(stages, default=BETWEEN)
+
+    def _read(self, path: str) -> Any:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self._files.open_input_file(f"{self._root}/{path}").read())
+        return {}
+
+    def copy_to(self, folder: Path) -> None:
+        if "://" in self.uri:
+            pafs.copy_files(self._root, str(folder / "run"), source_filesystem=self._files)
+
+
+def _stage_of(path: str) -> str:
+    return next((stage for pattern, stage in STAGES.items() if re.match(pattern, path)), BETWEEN)
+
+
+class Attacker:
+    """Draws moments and victims, and counts what it struck."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw, self.struck, self.hits = random.Random(seed), Counter[str](), Counter[tuple[str, int]]()
+
+    def wants(self, stage: str) -> bool:
+        """Return True if this moment of the stage is one to strike: sooner in stages that were hit less."""
+        least = min(self.struck[stage] for stage in STAGES.values())
+        chance = 0.02 if stage == BETWEEN else 0.3 * (1 + least) / (1 + self.struck[stage])
+        return self._draw.random() < max(chance, 0.02)
+
+    def strike(self, victims: Victims, place: Place, stage: str, since: float) -> Any:
+        """Signal one victim of a kind that was hit least of those that live, or once more; None if it is gone."""
+        least = min(self.hits[key] for key in victims)
+        kind, number = self._draw.choice([key for key in victims if self.hits[key] <= least + 1])
+        time.sleep(self._draw.choice((0, 0.1 * self._draw.random())))
+        at_work = place.stage_at_work(stage, since)
+        try:
+            os.kill(self._draw.choice(victims[kind, number]), number)
+        except ProcessLookupError:
+            return None
+        self.hits[kind, number] += 1
+        self.struck[at_work] += 1
+        return {"kind": kind, "signal": signal.Signals(number).name, "stage": at_work}
+
+
+def command(storage_path: Path | str, address: str | None) -> list[str]:
+    flags = [word for key, value in FLAGS.items() for word in (f"--{key}", str(value)) if word]
     where = ["--cluster.address", address] if address else ["--cluster.num-cpus", "2"]
-    return [sys.executable, "-m", "raysubset", "run", "--storage-path", str(storage_path), *flags, *where]
+    return [*RAYSUBSET, "run", "--storage-path", str(storage_path), *flags, *where]
 
 
-def start(storage_path: Path, address: str | None, tagged: Tagged) -> subprocess.Popen[bytes]:
-    storage_path.mkdir(parents=True, exist_ok=True)
-    with (storage_path / "driver.log").open("ab") as log:
+def start(folder: Path, address: str | None, tagged: Tagged, uri: str | None = None) -> Driver:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "driver.log").open("ab") as log:
         log.write(b"---- start\n")
         log.flush()
-        return subprocess.Popen(command(storage_path, address), stdout=log, stderr=log, env=tagged.environment())
+        return subprocess.Popen(command(uri or folder, address), stdout=log, stderr=log, env=tagged.environment())
 
 
-def disturbed(
-    storage_path: Path,
-    mode: str,
-    draw: random.Random,
-    hits: Counter[tuple[str, int]],
-    *,
-    most_kills: int,
-    mean_s: float,
-    port: int,
-    until: float,
-    first_stage: str,
-) -> Outcome:
-    """One run that is disturbed up to most_kills times, from a stage on, then left to finish."""
+def disturbed(folder: Path, place: Place, mode: str, by: Attacker, *, most: int, port: int, until: float) -> Outcome:
+    """One run that is disturbed up to most times, then left to finish."""
     outcome, tagged, began = Outcome(mode), Tagged(uuid.uuid4().hex), time.monotonic()
     with contextlib.ExitStack() as stack:
         address, spared = None, 0
         if mode == "nodes":
-            address, spared = stack.enter_context(cluster_of_nodes(tagged, port, storage_path.parent / "cluster.log"))
-        driver = start(storage_path, address, tagged)
-        due = time.monotonic() + 6 + draw.expovariate(1 / mean_s)
+            address, spared = stack.enter_context(cluster_of_nodes(tagged, port, folder.parent / "cluster.log"))
+        driver, since, victims, looked_at = start(folder, address, tagged, place.uri), time.time(), {}, 0.0
         while True:
-            time.sleep(0.05)
+            time.sleep(0.02)
             if driver.poll() is not None:
-                outcome.exits.append(
-                    {"code": driver.returncode, "said": _last_line(storage_path), "after_kills": len(outcome.kills)}
-                )
+                said = _last_line(folder)
+                outcome.exits.append({"code": driver.returncode, "said": said, "after_kills": len(outcome.kills)})
                 if driver.returncode == 0:
                     break
-                if len(outcome.exits) > most_kills + 6 or time.monotonic() > until + 600:
-                    outcome.problems.append("the run never finished")
+                if driver.returncode == 2 or len(outcome.exits) > most + 6 or time.monotonic() > until + 600:
+                    outcome.problems.append(f"the run never finished: {said}")
                     break
-                if driver.returncode == 2:
-                    outcome.problems.append(f"refused to go on: {outcome.exits[-1]['said']}")
-                    break
-                driver = start(storage_path, address, tagged)
-                due = max(due, time.monotonic() + 6 + draw.expovariate(1 / mean_s))
-            if time.monotonic() < due or len(outcome.kills) >= most_kills or time.monotonic() > until:
+                driver, since = start(folder, address, tagged, place.uri), time.time()
+            if len(outcome.kills) >= most or time.monotonic() > until:
                 continue
-            stage = _stage(storage_path)
-            if (stage == "start" and draw.random() < 0.9) or not stage.startswith(first_stage):  # few before the work
-                due = time.monotonic() + 1
+            if time.monotonic() - looked_at > 1:  # before the moment, as it takes some tenths of a second
+                victims, looked_at = _victims(tagged, mode, driver, spared), time.monotonic()
+            if (stage := place.changed_stage()) is None or not victims or not by.wants(stage):
                 continue
-            if (hit := _strike(tagged, mode, driver, spared, draw, hits, stage)) is not None:
-                outcome.kills.append(hit | {"at_s": round(time.monotonic() - began, 1), "stage": _stage(storage_path)})
+            if (hit := by.strike(victims, place, stage, since)) is not None:
+                outcome.kills.append(hit | {"at_s": round(time.monotonic() - began, 1)})
                 print(f"  {outcome.kills[-1]}", flush=True)
-                due = time.monotonic() + 1 + draw.expovariate(1 / mean_s)
+            looked_at = 0.0
     outcome.seconds = time.monotonic() - began
     if orphans := tagged.end_all():
         outcome.problems.append(f"orphans a minute later: {orphans}")
+    place.copy_to(folder)
     return outcome
 
 
-def _strike(
-    tagged: Tagged,
-    mode: str,
-    driver: subprocess.Popen[bytes],
-    spared: int,
-    draw: random.Random,
-    hits: Counter[tuple[str, int]],
-    stage: str,
-) -> dict[str, Any] | None:
-    """Signal one victim of a kind that was hit least of those of the stage, or once more; None while none lives."""
-    there: dict[tuple[str, int], list[int]] = {}
-    for kind, number in KINDS:
-        if kind == "driver":
-            there[kind, number] = [driver.pid] if driver.poll() is None else []
-        elif kind != "gcs" or mode == "local":
-            there[kind, number] = [p.pid for p in tagged.of_kind(kind) if p.pid != spared]
-    other = "actor" if stage.startswith("fine_tuning") else "train_"
-    least = min((hits[key] for key in there if not key[0].startswith(other)), default=0)
-    keys = [key for key, pids in there.items() if pids and hits[key] <= least + 1]
-    if not keys:  # workers and controllers take longer to start than a driver takes to die
-        return None
-    kind, number = draw.choice(keys)
-    pid = draw.choice(there[kind, number])
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return None
-    hits[kind, number] += 1
-    return {"kind": kind, "signal": signal.Signals(number).name}
+def _victims(tagged: Tagged, mode: str, driver: Driver, spared: int) -> Victims:
+    """Return the process ids of each kind that lives."""
+    living = [process for process in tagged.all() if process.pid != spared]
+    pids = {kind: [process.pid for process in living if tagged.is_of(process, kind)] for kind in {*TITLES, "raylet"}}
+    pids |= {"driver": [driver.pid], "gcs": [p.pid for p in living if mode == "local" and tagged.is_of(p, "gcs")]}
+    return {(kind, number): pids[kind] for kind, number in KINDS if pids[kind]}
 
 
-def _stage(storage_path: Path) -> str:
-    """How far the run is, by its files."""
-    run = storage_path / "run"
-    if (run / "fine_tuning" / "minimum.json").exists():
-        return "after fine_tuning"
-    if (run / "fine_tuning").exists():
-        return "fine_tuning"
-    rounds = sorted(path.name for path in run.glob("rounds/*"))
-    return f"round {rounds[-1]}" if rounds else "trunk" if (run / "trunk").exists() else "start"
-
-
-def _last_line(storage_path: Path) -> str:
-    lines = [line for line in (storage_path / "driver.log").read_text(errors="replace").splitlines() if line.strip()]
+def _last_line(folder: Path) -> str:
+    lines = [line for line in (folder / "driver.log").read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
 
 
@@ -333,20 +367,16 @@ def check(reference: Path, punished: Path, outcome: Outcome) -> None:
             outcome.problems.append(f"missing: {path.relative_to(a)}")
         elif other.read_bytes() != path.read_bytes():
             outcome.problems.append(f"other bits: {path.relative_to(a)}")
-    try:
-        old, new = (json.loads((folder / "report.json").read_text()) for folder in (a, b))
-    except (OSError, ValueError) as error:
-        outcome.problems.append(f"no report: {error}")
+    if not (b / "report.json").exists():
+        outcome.problems.append("no report")
         return
+    old, new = (json.loads((folder / "report.json").read_text()) for folder in (a, b))
     for key in ("test", "validation", "planned_passes"):
         if old[key] != new[key]:
             outcome.problems.append(f"report differs in {key}")
-    page = b / "report" / "report.html"
-    if not page.exists() or "</html>" not in page.read_text():
+    if not (page := b / "report" / "report.html").exists() or "</html>" not in page.read_text():
         outcome.problems.append("no page")
-    shown = subprocess.run(
-        [sys.executable, "-m", "raysubset", "report", str(b)], capture_output=True, text=True, check=False
-    )
+    shown = subprocess.run([*RAYSUBSET, "report", str(b)], capture_output=True, text=True, check=False)
     if shown.returncode:
         outcome.problems.append(f"`raysubset report` says {shown.stderr.strip()[-200:]}")
     _check_ledger(a, b, new, outcome)
@@ -375,28 +405,18 @@ def _check_ledger(a: Path, b: Path, report: dict[str, Any], outcome: Outcome) ->
         if [work["attempt"] for work in sorted(works, key=lambda w: w["attempt"])] != list(range(len(works))):
             outcome.problems.append(f"ledger: attempts of {key} are not 0 to {len(works) - 1}")
         for name in ("num_steps", "num_backward"):
-            planned = sum(work["cost"][name] for work in old.get(key, ()))
-            made = sum(work["cost"][name] for work in works)
+            planned, made = (sum(work["cost"][name] for work in some) for some in (old.get(key, ()), works))
             if made < planned:
                 outcome.problems.append(f"ledger: {key} made {made} {name} of {planned}: work is missing")
-            if name == "num_steps":
-                steps[stage][0] += planned
-                steps[stage][1] += made
-                total = {
-                    "trunk": FLAGS["trunk.epochs"],
-                    "subsets": FLAGS["minimize.epochs"],
-                    "fine_tuning": FLAGS["fine-tuning.epochs"],
-                }.get(stage)
-                if total:
-                    per_epoch = planned / float(total)
-                    between = (
-                        3 if stage == "fine_tuning" else EVERY_EPOCHS
-                    )  # Ray Train may forget the last ones it was told of
-                    most = (len(works) - 1) * (between * per_epoch + 1)
-                    if made - planned > most:
-                        outcome.problems.append(
-                            f"ledger: {key} repeated {made - planned} steps in {len(works)} attempts; most: {most:.0f}"
-                        )
+            if name != "num_steps":
+                continue
+            steps[stage][0] += planned
+            steps[stage][1] += made
+            epochs = {"trunk": "trunk.epochs", "subsets": "minimize.epochs", "fine_tuning": "fine-tuning.epochs"}
+            between = EVERY_EPOCHS * planned / float(FLAGS[epochs[stage]]) if stage in epochs else made
+            if made - planned > (most := (len(works) - 1) * (between + 1)):  # of what lies between two checkpoints
+                text = f"repeated {made - planned} steps in {len(works)} attempts; most: {most:.0f}"
+                outcome.problems.append(f"ledger: {key} {text}")
     outcome.repeated = {stage: round(made / planned - 1, 3) for stage, (planned, made) in steps.items() if planned}
     num_train, share = report["data"]["num_train"], report["model"]["forward_share"]
     costs = [work["cost"] for works in new.values() for work in works]
@@ -406,34 +426,28 @@ def _check_ledger(a: Path, b: Path, report: dict[str, Any], outcome: Outcome) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description="Kill parts of runs at work.")
+    parser.add_argument("--out", type=Path, default=Path("/tmp/punished"))
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills-per-run", type=int, default=8)
-    parser.add_argument("--mean-s", type=float, default=5.0, help="mean time between two kills")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other settings of the runs")
+    parser.add_argument("--s3", action="store_true", help="disturbed runs lie on a local S3 server")
     parser.add_argument("--modes", nargs="+", default=["local", "nodes"])
     parser.add_argument("--kinds", nargs="+", default=sorted({kind for kind, _ in KINDS}), help="of victims")
     parser.add_argument("--reference", type=Path, help="of an earlier call by the same version, instead of a new one")
-    parser.add_argument(
-        "--late", type=float, default=0.4, help="share of the runs that are disturbed in fine-tuning alone"
-    )
     parser.add_argument("--port", type=int, default=23001, help="of the control store of the cluster of several nodes")
     parser.add_argument("--keep-cluster", type=int, metavar="PORT", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.keep_cluster:
-        keep_cluster(options.keep_cluster, 2)
-        return
-    if options.out is None:
-        parser.error("--out: name a folder for the runs")
-    sys.exit(punish(options))
+    FLAGS.update(text.partition("=")[::2] for text in options.set)
+    sys.exit(keep_cluster(options.keep_cluster, 2) if options.keep_cluster else punish(options))
 
 
 def punish(options: argparse.Namespace) -> int:
-    out, draw, hits = options.out, random.Random(options.seed), Counter()
+    out, attacker, outcomes = options.out.absolute(), Attacker(options.seed), list[Outcome]()
     out.mkdir(parents=True, exist_ok=True)
-    reference, tagged = options.reference or out / "reference", Tagged(uuid.uuid4().hex)
+    reference, tagged, struck = options.reference or out / "reference", Tagged(uuid.uuid4().hex), attacker.struck
     KINDS[:] = [key for key in KINDS if key[0] in options.kinds]
     began, until = time.monotonic(), time.monotonic() + options.minutes * 60
     if not options.reference and start(reference, None, tagged).wait():
@@ -441,43 +455,27 @@ def punish(options: argparse.Namespace) -> int:
         return 1
     tagged.end_all()
     print(f"reference: {time.monotonic() - began:.0f} s", flush=True)
-    outcomes: list[Outcome] = []
-    while sum(hits.values()) < options.kills and time.monotonic() < until:
-        mode, number = options.modes[len(outcomes) % len(options.modes)], len(outcomes)
-        print(f"run {number}, {mode}", flush=True)
-        punished = out / f"punished-{number:02d}"
-        most = min(options.kills_per_run, options.kills - sum(hits.values()))
-        first_stage = "fine_tuning" if draw.random() < options.late else ""
-        outcome = disturbed(
-            punished,
-            mode,
-            draw,
-            hits,
-            most_kills=most,
-            mean_s=options.mean_s,
-            port=options.port + 10 * number,
-            until=until,
-            first_stage=first_stage,
-        )
-        check(reference, punished, outcome)
-        outcomes.append(outcome)
-        with (out / "outcomes.jsonl").open("a") as file:
-            file.write(json.dumps(vars(outcome)) + "\n")
-        print(
-            f"  {outcome.seconds:.0f} s, {len(outcome.kills)} kills, {len(outcome.exits)} drivers, "
-            f"repeated {outcome.repeated}; problems: {outcome.problems or 'none'}",
-            flush=True,
-        )
-    _print_summary(outcomes, hits, time.monotonic() - began)
-    return int(any(outcome.problems for outcome in outcomes))
-
-
-def _print_summary(outcomes: Sequence[Outcome], hits: Counter[tuple[str, int]], seconds: float) -> None:
-    good = [outcome for outcome in outcomes if not outcome.problems]
-    print(f"\n{sum(hits.values())} kills in {seconds / 60:.0f} minutes; {len(good)} of {len(outcomes)} runs are good")
-    for (kind, number), count in sorted(hits.items()):
-        print(f"  {kind} {signal.Signals(number).name}: {count}")
-    print(f"kills in runs without a problem: {sum(len(outcome.kills) for outcome in good)}")
+    with bucket("runs/{}") if options.s3 else contextlib.nullcontext(f"{out}/{{}}") as uri:
+        while struck.total() < options.kills and time.monotonic() < until:
+            number = len(outcomes)
+            mode, name = options.modes[number % len(options.modes)], f"punished-{number:02d}"
+            print(f"run {number}, {mode}", flush=True)
+            most = min(options.kills_per_run, options.kills - struck.total())
+            limits = {"most": most, "port": options.port + 10 * number, "until": until}
+            outcome = disturbed(out / name, Place(uri.format(name)), mode, attacker, **limits)
+            check(reference, out / name, outcome)
+            outcomes.append(outcome)
+            with (out / "outcomes.jsonl").open("a") as file:
+                file.write(json.dumps(vars(outcome)) + "\n")
+            text = f"  {outcome.seconds:.0f} s, {len(outcome.kills)} kills, {len(outcome.exits)} drivers, "
+            print(f"{text}repeated {outcome.repeated}; problems: {outcome.problems or 'none'}", flush=True)
+    good, minutes = [each for each in outcomes if not each.problems], (time.monotonic() - began) / 60
+    print(f"\n{struck.total()} kills in {minutes:.0f} minutes; {len(good)} of {len(outcomes)} runs are good")
+    print("struck: " + ", ".join(f"{stage} {struck[stage]}" for stage in (*STAGES.values(), BETWEEN)))
+    hits = sorted(attacker.hits.items())
+    print("victims: " + ", ".join(f"{kind} {signal.Signals(number).name} {num}" for (kind, number), num in hits))
+    print(f"kills in runs without a problem: {sum(len(each.kills) for each in good)}")
+    return int(len(good) < len(outcomes))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import ray
 
 from raysubset import Config, load_model, run, sweep
 from raysubset.run_directory import RunDirectory
+from tests.buckets import bucket
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 
@@ -17,19 +18,8 @@ SECRET = "a-secret-that-stands-nowhere"
 
 @pytest.fixture
 def bucket_uri() -> Iterator[str]:
-    """With its credentials, as the actors' processes have no others."""
-    import boto3  # both take a second of a CPU, and each process of `pytest -n 2` collects all files
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": SECRET}
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1", **keys).create_bucket(
-        Bucket="runs"
-    )
-    yield f"s3://test:{SECRET}@runs/results?endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-    server.stop()
+    with bucket("runs/results", SECRET) as uri:
+        yield uri
 
 
 def test_a_sweep_with_ray_train_lives_in_an_object_store_whose_secret_is_in_no_file(
@@ -57,7 +47,7 @@ def test_a_sweep_with_ray_train_lives_in_an_object_store_whose_secret_is_in_no_f
     (trial,) = report.trials
     assert trial["state"] == "done"
     assert SECRET not in trial["uri"]
-    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())  # pyright: ignore
     files = [path for folder in (*kept, session) for path in folder.rglob("*") if path.is_file()]
     assert any(path.name == "tuner.pkl" for path in files)
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
