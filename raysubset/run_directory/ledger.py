@@ -125,7 +125,7 @@ class Ledger:
         attempt = self.next_attempt(stage, round, None) if attempt is None else attempt
         work = Work(stage, round, None, attempt, node, device, started_at=time.time(), waited_s=waited_s)
         self.write(work)
-        closed = []
+        began, closed = time.perf_counter(), []
 
         def close(cost: Cost, outcome: Outcome = "done", error: str | None = None) -> None:
             closed.append(outcome)
@@ -137,7 +137,7 @@ class Ledger:
         except BaseException as error:
             if not closed:
                 stopped = not isinstance(error, Exception)
-                cost = Cost(device_s=time.time() - work.started_at)
+                cost = Cost(device_s=time.perf_counter() - began)
                 close(cost, "interrupted" if stopped else "failed", None if stopped else one_line(error))
             raise
 
