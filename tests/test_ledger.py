@@ -34,7 +34,7 @@ def work(stage="subsets", round=0, subset=0, attempt=0, *, examples=0, wall_s=0.
     cost = Cost(num_forward=examples, num_backward=examples, num_steps=1, device_s=wall_s)
     fields = {"outcome": "done", "ended_at": started_at + wall_s, "cost": cost} | others
     subset = subset if stage == "subsets" else None
-    return Work(stage, round, subset, attempt, "node-a", "cpu", started_at=started_at, **fields)
+    return Work(stage, round, subset, attempt, "node-a", "cpu", started_at=started_at, **fields)  # pyright: ignore
 
 
 class TestEntries:
