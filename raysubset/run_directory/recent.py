@@ -19,10 +19,8 @@ class Recent:
         self._contents: dict[tuple[str, str], tuple[Seal, Any]] = {}
         self._lock = threading.Lock()
         self.frozen: dict[tuple[str, str, Seal], Any] = {}  # one run's tensors that no training changes, of any size
-        self.sum: tuple[tuple[str, str, Seal] | None, Any] = (
-            None,
-            {},
-        )  # the last weights that were added up, of any size
+        # The last weights that were added up, of any size, and the file and seal that they stand for
+        self.sum: tuple[tuple[str, str, Seal] | None, Any] = (None, {})
 
     def keep(self, uri: str, path: str, seal: Seal, content: Any) -> None:
         """Keep a file's content, unless it is too large, or the version of a local file."""
