@@ -116,6 +116,7 @@ UNTOLD = {  # what tells of time, place or machine, and words; bytes go by which
     "environment",
     "files",
     "gbit_per_s",
+    "has_batch_norm",
     "identity",
     "leg",
     "machine",

@@ -4,12 +4,14 @@ count_bytes(4096)     # whenever a file or an object of the object store is sent
 taken_bytes()         # what this thread has moved since the last call: the bytes of the piece of work that ends
 """
 
+import math
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, astuple, dataclass
 from operator import add
 from typing import Any
 
-from raysubset.config import from_tree
+from raysubset.config import MinimizeConfig, from_tree
 
 
 class _Moved(threading.local):
@@ -66,6 +68,36 @@ class Cost:
     def from_dict(cls, record: Any) -> "Cost":
         """Return the cost that to_dict() wrote. Raise a ValueError if the record is not a cost."""
         return from_tree(cls, record, noun="value of a cost")
+
+
+BATCH_NORM_EXAMPLES = 2048  # at most, of those minimized on, for the running statistics of averaged weights
+PASSING_EXAMPLES = 500  # likewise, if training continues from an average: these statistics last for an epoch
+_NUM_REFINEMENTS = 8  # of a run's epochs: what an epoch evaluates is at most about half of what it trains
+
+
+def num_turns(recipe: MinimizeConfig) -> int:
+    """Return how often an epoch, or epoch_fraction of one, ends. A last partial one counts."""
+    return math.ceil(recipe.epochs / recipe.epoch_fraction)
+
+
+def averaging_forward(recipe: MinimizeConfig, num_examples: int, *, has_batch_norm: bool) -> int:
+    """Return the examples passed forward for running statistics of averaged weights, as in Techniques.end_epoch()."""
+    if recipe.averaging.kind == "none" or not has_batch_norm:
+        return 0
+    num_restarts = (num_turns(recipe) - 1) * recipe.averaging.restarts()
+    return num_restarts * min(PASSING_EXAMPLES, num_examples) + min(BATCH_NORM_EXAMPLES, num_examples)
+
+
+def epochs_of_cost(passes: float, evaluation_of: Callable[[float], float], *, least: float) -> float:
+    """Return the epochs on the full set that cost so many passes with their evaluation, but at least `least`.
+
+    Args:
+        evaluation_of: returns the passes that a run of so many epochs evaluates.
+    """
+    epochs = passes
+    for _ in range(_NUM_REFINEMENTS):  # a run evaluates in each epoch if its recipe does
+        epochs = passes - evaluation_of(max(epochs, least))
+    return max(epochs, least)
 
 
 def bytes_in_words(num: float) -> str:

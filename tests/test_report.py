@@ -502,6 +502,16 @@ def test_conventional_command_costs_the_same_with_its_own_evaluation():
     assert (config.minimize.patience, config.minimize.validate_every) == (None, None)
 
 
+@pytest.mark.parametrize(("kind", "num_passed"), [("swa", 100), ("pswa", 1000), ("none", 0)])
+def test_conventional_command_counts_what_averaging_passes_for_batch_norm(kind: str, num_passed: int):
+    config = Config().with_overrides({"minimize.averaging.kind": kind, "trunk.epochs": 0, "fine_tuning.epochs": 0})
+    record = a_record(config)
+    record["model"] |= {"has_batch_norm": True}
+    epochs = parse_config(shlex.split(conventional_beside(record, 14.2, "beside"))[2:]).conventional.epochs
+    # at the end of all training, or of each of 10 epochs, 100 examples for statistics; 250 for evaluation
+    assert epochs == pytest.approx(14.2 - (250 + num_passed) * 0.35 / 100, rel=1e-3)
+
+
 # Reading
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from raysubset.aggregation import Forward, method_of, methods_tried, refuse_contradictions, statistics_of
 from raysubset.config import Config, MinimizeConfig
+from raysubset.costs import averaging_forward, epochs_of_cost, num_turns
 from raysubset.data import FullSet
 from raysubset.errors import first_line
 from raysubset.events import Note, Step
@@ -23,11 +24,9 @@ from raysubset.run_directory import RunDirectory
 from raysubset.subsets import Subset, advice, missing_class_warnings, overdetermination_ratio
 from raysubset.tasks import EXACT_OUTPUTS, SAMPLED_TERMS
 from raysubset.training import Cost, diagonal_fisher, fisher_cost, forward_share, minimizing_bytes
-from raysubset.training.techniques.hooks import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
 from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # share of a round's training that measuring it may cost, before and after the advice
-_NUM_REFINEMENTS = 8  # of a conventional run's epochs: what an epoch evaluates is at most about half of what it trains
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Plan:
     num_parameters: int
     num_bytes: int  # of one set of weights
     forward_share: float  # of a pass, in this network
+    has_batch_norm: bool
     full_set_ratio: float  # Q of the full set
     subset_ratios: tuple[float, ...]  # Q of each subset
     advice: tuple[Note, ...]  # for the user
@@ -54,7 +54,8 @@ class Plan:
     @property
     def network(self) -> dict[str, float]:
         """What reports say of the network."""
-        return {name: getattr(self, name) for name in ("num_parameters", "num_bytes", "forward_share")}
+        names = ("num_parameters", "num_bytes", "forward_share", "has_batch_norm")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def ratios(self) -> dict[str, Any]:
@@ -101,16 +102,20 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     passes, critical_path_passes = math.fsum(map(measure, legs)), critical_path(legs, measure)
     if config.method == "conventional":
         evaluation = sum((_evaluation(leg, full_set, model) for leg in legs), Cost())
-        total = equal = passes + evaluation.passes(num_train, share)
-        for _ in range(_NUM_REFINEMENTS):  # it evaluates in each epoch if the recipe does
-            leg = drawing.conventional(max(equal, passes), num_workers=1)
-            equal = total - _evaluation(leg, full_set, model).passes(num_train, share)
-        passes = critical_path_passes = config.conventional.epochs or max(equal, passes)
+        total = passes + evaluation.passes(num_train, share)
+
+        def evaluated(epochs: float) -> float:
+            leg = drawing.conventional(epochs, num_workers=1)
+            return _evaluation(leg, full_set, model).passes(num_train, share)
+
+        passes = config.conventional.epochs or epochs_of_cost(total, evaluated, least=passes)
+        critical_path_passes = passes
     return Plan(
         subsets=subsets,
         num_parameters=num,
         num_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
         forward_share=share,
+        has_batch_norm=has_batch_norm(model),
         full_set_ratio=overdetermination_ratio(num_train, num_outputs, num),
         subset_ratios=tuple(overdetermination_ratio(size, num_outputs, num) for size in sizes),
         advice=(*notes, *lines),
@@ -175,9 +180,9 @@ def _evaluation(leg: Leg, full_set: FullSet, model: nn.Module) -> Cost:
         num = sum(not member.is_subsample for member in leg.members)
         return Cost(num_forward=_aggregation_forward(config, full_set, num, model) if leg.measures else 0)
     size, recipe = leg.size or len(full_set.train), config.stage(leg.stage, epochs=leg.epochs)
-    cost = Cost(num_forward=_averaging_forward(recipe, size, model))
+    cost = Cost(num_forward=averaging_forward(recipe, size, has_batch_norm=has_batch_norm(model)))
     if leg.stage == "fine_tuning":
-        cost += Cost(num_forward=(_num_turns(recipe) + 1) * num_validation + min(CALIBRATION_EXAMPLES, size))
+        cost += Cost(num_forward=(num_turns(recipe) + 1) * num_validation + min(CALIBRATION_EXAMPLES, size))
     else:
         cost += Cost(num_forward=_num_looks(recipe) * num_validation + bool(leg.measures) * (size + num_validation))
     taken = min(size, config.aggregation.statistics_examples or size)
@@ -218,23 +223,10 @@ def _measuring_advice(
     return [Note(f"{text}: --rounds.evaluate-every {interval} does it less often")]
 
 
-def _num_turns(recipe: MinimizeConfig) -> int:
-    """Return how often an epoch, or epoch_fraction of one, ends. A last partial one counts."""
-    return math.ceil(recipe.epochs / recipe.epoch_fraction)
-
-
 def _num_looks(recipe: MinimizeConfig) -> int:
     """Return how often a ValidationWatch measures validation data outside of Ray Train jobs."""
     every = recipe.validate_every or int(recipe.watched_patience() > 0)
-    return math.ceil(_num_turns(recipe) / every) if every else 0
-
-
-def _averaging_forward(recipe: MinimizeConfig, num_examples: int, model: nn.Module) -> int:
-    """Return the examples passed forward for running statistics of averaged weights, as in Techniques.end_epoch()."""
-    if recipe.averaging.kind == "none" or not has_batch_norm(model):
-        return 0
-    num_restarts = (_num_turns(recipe) - 1) * recipe.averaging.restarts()
-    return num_restarts * min(PASSING_EXAMPLES, num_examples) + min(BATCH_NORM_EXAMPLES, num_examples)
+    return math.ceil(num_turns(recipe) / every) if every else 0
 
 
 def actor_bytes(config: Config, full_set: FullSet, plan: Plan) -> int:

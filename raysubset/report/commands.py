@@ -3,10 +3,11 @@
 import os
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from raysubset.config import OF_SUBSET_PRETRAINING, Config, flatten, of_now
-from raysubset.costs import Cost
+from raysubset.config import OF_SUBSET_PRETRAINING, Config, MinimizeConfig, flatten, of_now
+from raysubset.costs import Cost, averaging_forward, epochs_of_cost
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report.figures import Record
 
@@ -41,16 +42,32 @@ def _flag(key: str, value: Any) -> list[str]:
 
 def conventional_beside(record: Record, passes: float, suffix: str) -> str:
     """Return the command of a conventional run by one worker that costs so many passes, with its evaluation."""
-    data, config = record["data"], record["config"]
-    evaluation = Cost(num_forward=data["num_train"] + data["num_validation"] + data["num_test"])
-    epochs = max(0.01, passes - evaluation.passes(data["num_train"], record["model"]["forward_share"]))
+    data, config, model = record["data"], record["config"], record["model"]
+    baseline = _without(config, *_NOT_OF_BASELINE) | {"method": "conventional"}
+    num_train, has_batch_norm = data["num_train"], model.get("has_batch_norm", False)  # not of earlier versions
+    recipe = _recipe(baseline)
+
+    def evaluated(epochs: float) -> float:
+        num_forward = num_train + data["num_validation"] + data["num_test"]
+        if recipe:
+            num_forward += averaging_forward(replace(recipe, epochs=epochs), num_train, has_batch_norm=has_batch_norm)
+        return Cost(num_forward=num_forward).passes(num_train, model["forward_share"])
+
+    epochs = epochs_of_cost(passes, evaluated, least=0.01)
     changes = {
         "name": _renamed(config["name"], suffix),
-        "method": "conventional",
         "conventional.epochs": float(f"{epochs:.4g}"),
         "conventional.num_workers": 1,
     }
-    return command(_without(config, *_NOT_OF_BASELINE) | changes)
+    return command(baseline | changes)
+
+
+def _recipe(config: Mapping[str, Any]) -> MinimizeConfig | None:
+    """Return the recipe of a conventional run with these settings; None if this version cannot read them."""
+    try:
+        return Config().with_overrides(config).stage("conventional")
+    except ValueError:
+        return None
 
 
 def subset_pretraining_beside(record: Record) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig, derive_seed
+from raysubset.costs import BATCH_NORM_EXAMPLES, PASSING_EXAMPLES
 from raysubset.data import Batches
 from raysubset.training.evaluation import recompute_batch_norm
 from raysubset.training.records import Progress
@@ -13,9 +14,6 @@ from raysubset.training.shards import Shard
 from raysubset.training.techniques.averaging import Averaging
 from raysubset.training.techniques.extrapolation import Extrapolation
 from raysubset.training.techniques.skipping import Skipping
-
-BATCH_NORM_EXAMPLES = 2048  # at most, of those minimized on, for the running statistics of the result
-PASSING_EXAMPLES = 500  # likewise, if training continues from an average: these statistics last for an epoch
 
 
 class Techniques:
