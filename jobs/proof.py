@@ -103,6 +103,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 UNTOLD = {  # what tells of time, place or machine, and words; bytes go by which actor was free
     "advice",
+    "at_edge",
     "by_bandwidth",
     "config",
     "created_at",

@@ -553,6 +553,7 @@ def test_a_rate_at_the_edge_of_the_grid_is_told_once(tmp_path: Path):
         for arm, tried in rates.items()
         for rate in tried
     ]
+    record["tuning"]["at_edge"] = ["G"]
     run.write_json(COMPARISON_PATH, record)
     read = check_self_contained(Path(write_files(run.uri)).read_text())
     assert "conventional (B of --arms): conventional; learning rate 0.1, batch 64" in read.words
@@ -565,6 +566,22 @@ def test_a_rate_at_the_edge_of_the_grid_is_told_once(tmp_path: Path):
     record["tuning"]["goes_beyond"] = True  # the default grid, which grows by itself: the command leaves it out
     run.write_json(COMPARISON_PATH, record)
     assert "--learning-rates 0.01" not in check_self_contained(Path(write_files(run.uri)).read_text()).words
+
+
+def test_the_command_of_a_comparison_names_grids_of_one_and_its_exact_numbers(tmp_path: Path):
+    record = a_comparison(tmp_path).read_json(COMPARISON_PATH)
+    record["tuning"] |= {"goes_beyond": False}  # as of --learning-rates 0.1, which is not run, as a grid of one
+    settings = {"learning_rate": 0.1, "batch_size": 32}
+    record["arms"] = [arm | {"settings": settings} for arm in record["arms"]]
+    record["arms"][1]["points"][1]["budget"] = 4 / 3
+    record |= {"seeds": [3, 5, 9], "margin": 0.0012345678}
+    *_, about_seeds, command = next(
+        part for part in comparison_sections(record) if part.title == "What it rests on"
+    ).lines
+    assert "--budgets 1 1.3333333333333333 8 16 --learning-rates 0.1 --batch-sizes 32 --margin 0.0012345678" in str(
+        command
+    )
+    assert str(about_seeds).endswith("in Python: compare(…, seeds=[3, 5, 9]).")
 
 
 def test_budgets_of_equal_cost_have_a_page_too(tmp_path: Path):

@@ -51,10 +51,10 @@ def checked_arms(
     return parsed
 
 
-def takes(config: Config, learning_rate: float) -> bool:
-    """Return True if the optimizer can use the rate."""
+def takes(arm: Arm, config: Config, settings: Settings) -> bool:
+    """Return True if the arm's optimizer can use the rate."""
     try:
-        config.with_overrides({"minimize.learning_rate": learning_rate})
+        arm_config(arm, config, settings, seed=config.seed, num_workers=1)
     except ValueError:
         return False
     return True

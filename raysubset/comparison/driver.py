@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, put_once, refuse_unplaceable
+from raysubset.comparison.arms import Settings, parse_arm
 from raysubset.comparison.checks import checked_arms, checked_margin, takes, unparted_arms, usual_arms
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.records import ComparisonReport, Record
@@ -83,7 +84,8 @@ def compare(
         check_number("--seeds", seeds, "[0, 1000]")
         seeds = range(config.seed, config.seed + seeds)
     own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
-    rates = sorted(set(learning_rates or (rate for rate in own_rates if takes(config, rate))))
+    usable = (rate for rate in own_rates if takes(parse_arm("B"), config, Settings(rate, config.minimize.batch_size)))
+    rates = sorted(set(learning_rates or usable))
     named_arms, notes = (arms, []) if arms else usual_arms(config, rates[0])
     chosen_arms = checked_arms(config, seeds, budgets, named_arms, rates)
     for size in batch_sizes:

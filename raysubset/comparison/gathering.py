@@ -126,6 +126,7 @@ def gather(
             "tried": sorted(comparison.tried, key=lambda at: (at["arm"], at["batch_size"], at["learning_rate"])),
             "passes": sum(map(legs.passes, closure(*comparison.tuning_legs))),
             "goes_beyond": comparison.most_beyond > 0,
+            "at_edge": [arm.key for arm in finals if ("B" if arm.key == "A" else arm.key) in comparison.at_edge],
         },
         "network": network,
         "failed": {leg.key: reason for leg, reason in failed.items()},

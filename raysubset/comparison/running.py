@@ -4,19 +4,21 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 from raysubset.cluster import refuse_unplaceable
 from raysubset.comparison.arms import LONG, Arm, Settings, arm_config, final_leg
 from raysubset.comparison.checks import takes
 from raysubset.comparison.records import Record
 from raysubset.comparison.standing import ArmsStanding
-from raysubset.comparison.tuning import Losses, best_of, in_words, search
+from raysubset.comparison.tuning import Losses, best_of, in_words, is_at_edge, search
 from raysubset.config import derive_seed
 from raysubset.events import Event, LegDone, Note, Progress, Stage
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.planning import Plan
 from raysubset.work import Run
 
+_TUNED = ("learning_rate", "batch_size")  # the fields of Settings
 STANDING_S = 1.0  # between two reports of how the arms stand, while legs proceed
 
 Finals = Mapping[Arm, Mapping[float, Mapping[int, Leg]]]
@@ -47,12 +49,15 @@ class Comparison:
         self.plan = self.plans[self.baseline]  # of the comparison's own config
         self.tried: list[Record] = []  # by tuning: arm, settings, validation loss
         self.tuning_legs: list[Leg] = []
+        self.at_edge: set[str] = set()  # arms for which a rate beyond those tried may be better
         self.runner = LegRunner(replace(self.run, tell=self._pass_on), num_gpus=self.num_gpus)
         self._num_train = len(self.run.full_set.train)
         # The middle budget, and a seed that is not among the compared ones
         seed = derive_seed(min(self.seeds), "tuning") % 2**31
         self._tuning_point = self.budgets[(len(self.budgets) - 1) // 2], seed
-        num_tried = {arm.key: len(self.rates) * (len(self.sizes) if arm.key == "B" else 1) for arm in self.plans}
+        num_tried = {
+            arm.key: len(self._grid(arm, self.sizes if arm.key == "B" else self.sizes[:1])) for arm in self.plans
+        }
         tuning = {key: num * self._tuning_point[0] for key, num in num_tried.items() if num > 1 and key != "A"}
         budgets = {arm.key: self._budgets_of(arm) for arm in self.plans}
         quality = self.run.full_set.quality
@@ -126,11 +131,16 @@ class Comparison:
         rates = ", ".join(f"{rate:g}" for rate in self.rates)
         at = f"{self._tuning_point[0]:g} passes"
         self.run.tell(Stage(f"tuning: learning rates {rates} and batch sizes {self.sizes} at {at}"))
-        settings = self._best({self.baseline: [Settings(rate, size) for size in self.sizes for rate in self.rates]})
+        settings = self._best({self.baseline: self._grid(self.baseline, self.sizes)})
         self._tell_standing(settings)
-        grid = [Settings(rate, settings["B"].batch_size) for rate in self.rates]
-        settings |= self._best({arm: grid for arm in self.plans if arm.key not in ("A", "B")})
+        sizes = [settings["B"].batch_size]
+        settings |= self._best({arm: self._grid(arm, sizes) for arm in self.plans if arm.key not in ("A", "B")})
         return settings | {"A": settings["B"]}
+
+    def _grid(self, arm: Arm, sizes: Sequence[int]) -> list[Settings]:
+        """Return the settings that an arm tries first. A rate or batch size among its overrides is the only one."""
+        fixed = {name: arm.overrides[f"minimize.{name}"] for name in _TUNED if f"minimize.{name}" in arm.overrides}
+        return list(dict.fromkeys(replace(Settings(rate, size), **fixed) for size in sizes for rate in self.rates))
 
     def _best(self, grids: Mapping[Arm, Sequence[Settings]]) -> dict[str, Settings]:
         """Return the best settings of each arm's grid. A grid of one is not run."""
@@ -139,11 +149,14 @@ class Comparison:
             {arm: grid for arm, grid in grids.items() if len(grid) > 1},
             self._losses,
             most_beyond=self.most_beyond,
-            can_try=lambda setting: takes(self.run.config, setting.learning_rate),
+            can_try=lambda arm, setting: takes(arm, self.run.config, setting),
         )
         for arm, losses in all_losses.items():
             best[arm.key] = best_of(losses)
-            self.run.tell(Note(in_words(arm, losses), is_warning=losses[best[arm.key]] == math.inf))
+            at_edge = is_at_edge(best[arm.key], losses, partial(takes, arm, self.run.config))
+            self.at_edge |= {arm.key} if at_edge else set()
+            text = in_words(arm, losses, at_edge=at_edge)
+            self.run.tell(Note(text, is_warning=losses[best[arm.key]] == math.inf))
         return best
 
     def _losses(self, grids: Mapping[Arm, Sequence[Settings]]) -> Losses:

@@ -17,7 +17,7 @@ def search(
     losses_of: Callable[[Mapping[Arm, Sequence[Settings]]], Losses],
     *,
     most_beyond: int,
-    can_try: Callable[[Settings], bool] = lambda setting: True,
+    can_try: Callable[[Arm, Settings], bool] = lambda arm, setting: True,
 ) -> Losses:
     """Return the loss of every setting that arms tried: their grids, and rates beyond an edge while it is the best.
 
@@ -25,12 +25,12 @@ def search(
         grids: the settings that each arm tries first.
         losses_of: returns the losses of arms with settings; ∞ if training failed or diverged.
         most_beyond: the most rates that an arm tries beyond an edge.
-        can_try: returns False for a setting that the optimizer refuses.
+        can_try: returns False for a setting that the arm's optimizer refuses.
     """
     losses = losses_of(grids)
     for _ in range(most_beyond):
         further = {arm: beyond(best_of(tried), tried) for arm, tried in losses.items()}
-        untried = {arm: [setting] for arm, setting in further.items() if setting and can_try(setting)}
+        untried = {arm: [setting] for arm, setting in further.items() if setting and can_try(arm, setting)}
         if not untried:
             break
         for arm, tried in losses_of(untried).items():
@@ -55,10 +55,19 @@ def beyond(setting: Settings, tried: Collection[Settings]) -> Settings | None:
     return dataclasses.replace(setting, learning_rate=float(f"{setting.learning_rate**2 / next_rate:.6g}"))
 
 
-def in_words(arm: Arm, losses: Mapping[Settings, float]) -> str:
+def is_at_edge(setting: Settings, tried: Collection[Settings], can_try: Callable[[Settings], bool]) -> bool:
+    """Return True if a rate beyond the setting's may be better: none was tried, and the optimizer takes some."""
+    further = beyond(setting, tried)
+    return further is not None and (
+        further.learning_rate < setting.learning_rate
+        or can_try(dataclasses.replace(setting, learning_rate=1.01 * setting.learning_rate))
+    )
+
+
+def in_words(arm: Arm, losses: Mapping[Settings, float], *, at_edge: bool) -> str:
     """Return the settings that an arm was tuned to, and whether their rate is at the edge."""
     best = best_of(losses)
     if losses[best] == math.inf:
         return f"{arm.key} diverged or failed at every learning rate of the grid"
-    note = ", at the edge of the grid" if beyond(best, losses) else ""
+    note = ", at the edge of the grid" if at_edge else ""
     return f"{arm.key}: learning rate {best.learning_rate:g}{note}, batch {best.batch_size}"

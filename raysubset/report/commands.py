@@ -36,8 +36,13 @@ def _flag(key: str, value: Any) -> list[str]:
     group, dot, leaf = key.replace("_", "-").rpartition(".")
     if isinstance(value, bool):
         return [f"--{group}{dot}{'' if value else 'no-'}{leaf}"]
+    return [f"--{group}{dot}{leaf}", exactly(value)]
+
+
+def exactly(value: Any) -> str:
+    """Return the value as a flag takes it: a number that the command reads back as the same one."""
     short = isinstance(value, float) and float(f"{value:g}") == value
-    return [f"--{group}{dot}{leaf}", f"{value:g}" if short else str(value)]
+    return f"{value:g}" if short else str(value)
 
 
 def conventional_beside(record: Record, passes: float, suffix: str) -> str:

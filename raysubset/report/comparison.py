@@ -9,7 +9,7 @@ from operator import itemgetter
 from raysubset.costs import bytes_in_words
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
-from raysubset.report.commands import command
+from raysubset.report.commands import command, exactly
 from raysubset.report.curves import arm_stages, needed_legs, training_plot
 from raysubset.report.drawing import COLOURS, GREY, Chart, Plot
 from raysubset.report.figures import Record, finite, formatted, loss_name
@@ -112,30 +112,39 @@ def _basis(record: Record) -> Iterator[Line]:
         f"standard error of the best validation loss: {reached} on test. As good means worse than that by at most "
         f"{quality.show(record['margin'])}: {target}."
     )
-    if at_edge := [arm_name(arm["key"]) for arm in record["arms"] if _is_at_edge(record, arm)]:
-        text = f"the learning rate of {', '.join(at_edge)} is at the edge of the grid: a rate beyond it may do better"
-        yield Note(f"{text} (--learning-rates).", is_warning=True)
+    if at_edge := record["tuning"].get("at_edge"):  # not of earlier versions
+        text = f"the learning rate of {', '.join(map(arm_name, at_edge))} is at the edge of the grid: a rate beyond it"
+        yield Note(f"{text} may do better (--learning-rates).", is_warning=True)
     if len(record["seeds"]) < _FEWEST_SEEDS:
         yield f"{len(record['seeds'])} seeds give no useful interval: it is shown from {_FEWEST_SEEDS} seeds on."
-    yield "The command:"
+    seeds = sorted(record["seeds"])
+    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
+        yield "The command:"
+    else:
+        yield f"The command, but for seeds that it cannot name; in Python: compare(…, seeds={seeds})."
     yield Command(_command(record))
 
 
 def _command(record: Record) -> str:
     """Return `raysubset compare` with the options that the record holds."""
-    config, seeds, tried, regime = record["config"], record["seeds"], record["tuning"]["tried"], record["regime"]
+    config, seeds, tuning, regime = record["config"], record["seeds"], record["tuning"], record["regime"]
+    settings = next(
+        arm["settings"] for arm in record["arms"] if arm["key"] == "B"
+    )  # of a grid of one, which is not run
     options = ["--seeds", str(len(seeds)), "--arms", *(arm["key"] for arm in record["arms"]), "--budgets"]
-    options += [f"{b:g}" for b in sorted({p["budget"] for a in record["arms"] if a["key"] != "A" for p in a["points"]})]
-    rates = sorted({trial["learning_rate"] for trial in tried})
-    if rates and not record["tuning"].get("goes_beyond"):
-        options += ["--learning-rates", *(f"{rate:.6g}" for rate in rates)]
-    if len(sizes := sorted({trial["batch_size"] for trial in tried})) > 1:
-        options += ["--batch-sizes", *map(str, sizes)]
-    options += ["--margin", f"{record['margin']:g}"]
+    budgets = {point["budget"] for arm in record["arms"] if arm["key"][0] != "A" for point in arm["points"]}
+    options += map(exactly, sorted(budgets))
+    if not tuning.get("goes_beyond", not tuning["tried"]):  # not of earlier versions
+        rates = {trial["learning_rate"] for trial in tuning["tried"]} or {settings["learning_rate"]}
+        options += ["--learning-rates", *map(exactly, sorted(rates))]
+    sizes = {trial["batch_size"] for trial in tuning["tried"]} or {settings["batch_size"]}
+    if sizes != {config["minimize"]["batch_size"]}:
+        options += ["--batch-sizes", *map(str, sorted(sizes))]
+    options += ["--margin", exactly(record["margin"])]
     if any(arm["key"].startswith("I") for arm in record["arms"]):
         options += ["--num-workers", str(regime["num_workers"])]
     if speed := regime.get("gbit_per_s"):  # records of earlier versions have none
-        options += ["--bandwidth", f"{speed:g}"]
+        options += ["--bandwidth", exactly(speed)]
     config = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(seeds)}
     return command(config, "compare", *options)
 
@@ -191,13 +200,6 @@ def _compared(point: Record, quality: Quality) -> str:
     estimate, low, high = (quality.number(difference[key], sign="+") for key in ("estimate", "low", "high"))
     span = "" if "-" in (low, high) or difference["num"] < _FEWEST_SEEDS else f" [{low}, {high}]"
     return f"{estimate}{span}{' as good' if point['is_non_inferior'] else ''}"
-
-
-def _is_at_edge(record: Record, arm: Record) -> bool:
-    """Return True if an untried rate beyond the arm's may be better; A uses B's rates."""
-    tuned = "B" if arm["key"] == "A" else arm["key"]
-    rates = {row["learning_rate"] for row in record["tuning"]["tried"] if row["arm"] == tuned}
-    return len(rates) > 1 and arm["settings"]["learning_rate"] in (min(rates), max(rates))
 
 
 def _speed_ups(record: Record) -> Section:
