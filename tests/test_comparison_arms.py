@@ -260,6 +260,10 @@ def test_advice_is_its_formula():
     half = config.with_overrides({"minimize.gradients": "bfloat16"})
     _, rounded, _ = advise(half, plan, sizes, num_train=num_train, s_per_pass=2.0, num_workers=2).ways.values()
     assert 2 * rounded.num_bytes - checkpoints == parallel.num_bytes
+    taught = config.with_overrides({"fine_tuning.distillation": 0.5})  # by four members, in each of two epochs
+    more = {"num_train": num_train, "s_per_pass": 2.0, "num_workers": 2}
+    _, _, teaching = advise(taught, make_plan(taught, full_set), sizes, **more).ways.values()
+    assert teaching.passes == pytest.approx(subsets.passes + 2 * 4 * plan.forward_share)
     even = found.break_even_gbit_per_s
     assert even is not None
     assert parallel.wall_s(even, s_per_pass=2.0) == pytest.approx(subsets.wall_s(even, s_per_pass=2.0))

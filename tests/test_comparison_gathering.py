@@ -80,7 +80,7 @@ def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path, *, 
     arm = {0.5: {s: leg("subsets", 0.5, s, at_half_a_pass) for s in SEEDS}}
     comparison: Any = SimpleNamespace(run=SimpleNamespace(full_set=full_set), plan=plan, seeds=list(SEEDS))
     comparison.num_workers, comparison.most_beyond, comparison.runner = 2, 0, SimpleNamespace(failed={})
-    comparison.tried, comparison.tuning_legs = [], []
+    comparison.tried, comparison.tuning_legs, comparison.at_edge = [], [], {"B"}
     finals = {parse_arm("B"): baseline, parse_arm("D"): arm}
     if fails:
         comparison.runner.failed = {leg: fails for by_seed in baseline.values() for leg in by_seed.values()}

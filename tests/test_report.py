@@ -318,6 +318,10 @@ def test_costs_part_training_from_the_rest():
     assert row(part, "the rest")[1] == "2.00"
     assert row(part, "seconds on the critical path")[1] == "4.0"
     assert row(part, "bytes sent")[1] == "2.5 MB"
+    taught = a_record()  # by 4 minima, whose forward passes are in the planned ones too
+    taught["config"]["fine_tuning"]["distillation"] = 0.5
+    trained = row(one(sections(taught), "Costs"), "training that led to the result")[1]
+    assert trained == f"{10 + 2 * 4 * 0.35:.2f}"
     assert "lost" not in text([part])
 
 

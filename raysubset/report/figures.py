@@ -101,9 +101,15 @@ def is_least_squares(record: Record) -> bool:
 
 
 def trained_passes(record: Record) -> float:
-    """Return the passes of the training that led to the result, without evaluation and without lost work."""
-    num_train = record["data"]["num_train"]
-    return sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in works_of(record))
+    """Return the passes of the training that led to the result, without evaluation and without lost work.
+
+    As in planned_passes, the forward passes of the minima that teach fine-tuning are part of it.
+    """
+    num_train, taught = record["data"]["num_train"], 0.0
+    if record["config"]["fine_tuning"].get("distillation") and (tuning := record["stages"].get("fine_tuning")):
+        num_teachers = len(record["stages"]["rounds"][-1]["minima"])
+        taught = num_teachers * record["model"]["forward_share"] * sum(passes_by_epoch(tuning, num_train)[-1:])
+    return taught + sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in works_of(record))
 
 
 def passes_by_epoch(work: Record, num_train: int) -> list[float]:
