@@ -609,7 +609,7 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert "confirmed. aggregate's speed-up is 12.50." in read.words
     assert "raysubset compare --seeds 3 --arms B G --budgets 1 8 16 --margin 0.005 --bandwidth 0.25" in read.words
     assert "Test accuracy over passes in total" in read.words
-    few = read_report(str(path.parents[1])) | {"seeds": [0, 1]}
+    few: dict[str, Any] = read_report(str(path.parents[1])) | {"seeds": [0, 1]}
     few["arms"].append({"key": "I:minimize.accumulation=2", "title": "", "role": "control", "points": []})
     few["arms"][-1] |= {"settings": few["arms"][0]["settings"]}
     assert any("--num-workers 2 --bandwidth" in str(line) for line in comparison_sections(few)[1].lines)

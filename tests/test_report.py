@@ -308,7 +308,7 @@ def test_aggregation_names_members_used_and_candidates():
     tried = [{"subset_ids": [2], "validation_loss": 0.2}] * 4
     record["stages"]["rounds"] = [round_of([minimum(n) for n in range(4)], **changes, tried=tried)]
     part = one(sections(record), "Aggregation")
-    assert "Members: 2, 0 (2 of 4); 4 candidates were scored" in part.lines[0]
+    assert "Members: 2, 0 (2 of 4); 4 candidates were scored" in str(part.lines[0])
     assert row(part, "plain mean of all") == ("plain mean of all", "0.1800", "66.00%")
 
 
@@ -335,7 +335,7 @@ def test_lost_attempts_and_resuming_are_told():
     part = one(sections(record), "Costs")
     assert row(part, "in lost attempts")[1:2] == ("0.75",)
     assert "2 of 6 attempts" in row(part, "in lost attempts")[2]
-    assert "resumed: wall seconds are of its 2 sessions" in part.lines[0]
+    assert "resumed: wall seconds are of its 2 sessions" in str(part.lines[0])
 
 
 # What this tells
@@ -609,11 +609,11 @@ def test_files_for_tools_have_the_quality_by_its_name(tmp_path: Path):
 
 def test_sizes_by_speed_are_told_with_the_speeds_and_what_measuring_them_cost():
     record = a_record()
-    assert "Sizes are by" not in " ".join(one(sections(record), "Minima").lines)
+    assert "Sizes are by" not in " ".join(map(str, one(sections(record), "Minima").lines))
     slots = [{"kind": "A100 (8 CPU + 1 GPU)", "speed": 70.0}, {"kind": "T4 (4 CPU + 1 GPU)", "speed": 20.0}]
     record["decisions"] |= {"slots": [slots[0], *slots], "shares": [70.0, 70.0, 20.0]}
     record["cost"]["stages"].insert(0, stage_cost("measuring", 0.5, 0.5))
-    told = " ".join(one(sections(record), "Minima").lines)
+    told = " ".join(map(str, one(sections(record), "Minima").lines))
     assert "follow the speed of the nodes (A100 (8 CPU + 1 GPU) 70, T4 (4 CPU + 1 GPU) 20)" in told
     (row,) = [row for row in one(sections(record), "Stages").rows if row[0] == "measuring of speeds"]
     assert row[5:7] == ("0.50", "0.50")
