@@ -273,6 +273,8 @@ def test_minima_have_what_the_method_needs_beside_them_and_the_plan_knows_what_i
     assert list(made.aggregate.subset_ids) in ([[0], [1]] if method == "select_best" else [[0, 1]])
     for kind in ("fisher", "gram"):
         assert directory.exists(statistics_path(minimum_folder(0, 1), kind)) == (kind in kinds)
+    for work in Ledger(directory).read():  # by one process, so that no second counts twice
+        assert work.cost.device_s <= work.wall_s + 0.02
     conventional = make_plan(replace(config, method="conventional"), full_set)
     own = len(full_set.train) + len(full_set.validation) + len(full_set.test)
     assert passes == pytest.approx(conventional.passes + own * conventional.forward_share / len(full_set.train))

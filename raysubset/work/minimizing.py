@@ -473,7 +473,8 @@ class Minimizer:
             )
         else:
             record, measured = self._leave_minimum(job, full_set, result.outcome)
-        cost += shared + measured + Cost(device_s=self._shard.num * (time.perf_counter() - began))
+        left_s = self._shard.num * (time.perf_counter() - began)  # the seconds of measuring are among them
+        cost += shared + replace(measured, device_s=left_s)
         rounds = self._config.rounds
         has_next = piece.stage == "subsets" and not piece.is_subsample and piece.round + 1 < rounds.num
         if has_next and rounds.optimizer_state != "reset":
