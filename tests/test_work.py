@@ -34,7 +34,7 @@ from raysubset.run_directory import (
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subsets import overdetermination_ratio
 from raysubset.tasks import Spec
-from raysubset.training import Cost, Progress, Weights, evaluate
+from raysubset.training import Cost, Measure, Progress, Weights, evaluate
 from raysubset.work import (
     AggregatePiece,
     Minimizer,
@@ -98,6 +98,19 @@ def test_a_piece_that_was_stopped_resumes_to_the_same_bits_and_all_its_work_is_c
     assert {(work.node, work.device) for work in works} == {("there", "cpu")}
     (at_once,) = Ledger(whole).read()
     assert sum(work.cost.num_forward for work in works) == at_once.cost.num_forward
+
+
+@pytest.mark.parametrize("measures", [("validation",), ("training", "validation")])
+def test_a_stage_of_ray_train_is_measured_on_what_its_piece_names(
+    full_set: FullSet, start: Weights, directory: RunDirectory, measures: tuple[Measure, ...]
+) -> None:
+    options: dict[str, Any] = {"epochs": 1.0, "by_train": True, "measures": measures}
+    one = Piece(CONFIG, directory, "conventional", start_id="start", **options)
+    (record,) = minimizer(full_set).minimize([one], start, attempts=[0], waited_s=0.0)
+    assert isinstance(record, dict)
+    assert (record["training"] is not None) == ("training" in measures)
+    num, num_validation, (work,) = len(full_set.train), len(full_set.validation), Ledger(directory).read()
+    assert work.cost.num_forward == num + 2 * num_validation + num * ("training" in measures)  # after its epoch too
 
 
 @pytest.mark.timeout(60)

@@ -88,9 +88,10 @@ def leave_trained(
     shard: Shard,
     syncs_batch_norm: bool,
 ) -> tuple[dict[str, Any], Cost]:
-    """Measure the trained model on the calibration sample and all validation examples, and write its weights.
+    """Measure the trained model on all validation examples, and write its weights.
 
-    Batch-norm statistics of several workers are the first one's, of its shards alone: they are recomputed first.
+    A piece that measures training data is measured on the calibration sample too. Batch-norm statistics of several
+    workers are the first one's, of its shards alone: they are recomputed first.
 
     Returns:
         The record, which the caller writes after its ledger entry, and the cost of measuring.
@@ -98,12 +99,15 @@ def leave_trained(
     recipe, path = piece.config.minimize, piece.output.weights_path
     calibration = calibration_examples(piece.config, full_set, device)
     validation = full_set.examples("validation", device=device)
-    num_refreshed = 0
+    num_measured = num_refreshed = 0
+    training = None
     if shard.num > 1 and not syncs_batch_norm:
         num_refreshed = recompute_batch_norm(model, calibration, recipe)
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    if "training" in piece.measures:
+        training, num_measured = evaluate(model, calibration, recipe).to_dict(), len(calibration)
     record = {
-        "training": evaluate(model, calibration, recipe).to_dict(),
+        "training": training,
         "validation": evaluate(model, validation, recipe).to_dict(),
         "history": watch.looks,
         "outcome": outcome,
@@ -112,4 +116,4 @@ def leave_trained(
         "peak_bytes": peak_bytes(device),
         "files": piece.directory.write_apart(path, weights, unchanged_names(weights, fixed)),
     }
-    return record, Cost(num_forward=len(calibration) + len(validation) + num_refreshed)
+    return record, Cost(num_forward=num_measured + len(validation) + num_refreshed)
