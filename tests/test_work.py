@@ -160,7 +160,7 @@ class Counting(nn.Module):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.linear, self.drop, self.num_calls = nn.Linear(64, *spec.outputs), nn.Dropout(0.5), 0
+        self.linear, self.drop, self.num_calls = nn.Linear(64, spec.outputs[0]), nn.Dropout(0.5), 0
 
     def forward(self, images: Tensor) -> Tensor:
         self.num_calls += 1
