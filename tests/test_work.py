@@ -114,6 +114,17 @@ def test_a_stage_of_ray_train_is_measured_on_what_its_piece_names(
 
 
 @pytest.mark.timeout(60)
+def test_a_clock_that_is_set_back_meanwhile_makes_no_duration_negative(
+    full_set: FullSet, start: Weights, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([7200.0, *[0.0] * 100])
+    monkeypatch.setattr("raysubset.work.minimizing.time.time", lambda: next(now))
+    piece, minimizer = Piece(CONFIG, directory, "subsets", 0), Minimizer(lambda: full_set, num_gpus=0, node="here")
+    assert minimizer.minimize([piece], start, attempts=[0], waited_s=0.0)[0] is not None
+    (work,) = Ledger(directory).read()
+    assert 0 < work.cost.device_s <= work.wall_s < 60
+
+
 def test_a_second_notice_while_the_first_is_heeded_holds_nothing_up_and_each_is_kept(
     full_set: FullSet, start: Weights, directory: RunDirectory
 ) -> None:

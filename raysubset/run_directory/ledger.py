@@ -129,7 +129,8 @@ class Ledger:
 
         def close(cost: Cost, outcome: Outcome = "done", error: str | None = None) -> None:
             closed.append(outcome)
-            ended = replace(work, cost=cost, outcome=outcome, ended_at=time.time(), error=error)
+            ended_at = work.started_at + time.perf_counter() - began  # a clock that is set must not change a duration
+            ended = replace(work, cost=cost, outcome=outcome, ended_at=ended_at, error=error)
             self.write(replace(ended, num_network_bytes=taken_bytes()))
 
         try:

@@ -347,7 +347,8 @@ def _write_lost(slot: Slot, error: Exception) -> bool:
         got_further |= piece.directory.exists(checkpoint_path(piece.folder, attempt))
         known_cost = slot.reports[place].cost if place in slot.reports else Cost()
         cost = max(entry.cost, known_cost, key=lambda cost: cost.num_forward)
-        ledger.write(replace(entry, outcome="lost", ended_at=time.time(), cost=cost, error=one_line(error)))
+        ended_at = max(entry.started_at, time.time())  # by the clocks of two nodes
+        ledger.write(replace(entry, outcome="lost", ended_at=ended_at, cost=cost, error=one_line(error)))
     return got_further
 
 

@@ -163,7 +163,8 @@ class Minimizer:
             the error, if it was one of several and its loss was never finite. All workers but the first return None.
         """
         device, num_workers = self._begin(pieces), self._shard.num
-        more: dict[str, Any] = {"started_at": time.time(), "waited_s": waited_s, "num_workers": num_workers}
+        started_at = time.time() - (time.perf_counter() - self._started)
+        more: dict[str, Any] = {"started_at": started_at, "waited_s": waited_s, "num_workers": num_workers}
         works = [
             Work(*piece.ledger_key, attempt, self._node, device_name(device), **more)
             for piece, attempt in zip(pieces, attempts, strict=True)
@@ -238,7 +239,8 @@ class Minimizer:
 
     def _close(self, work: Work, outcome: Outcome, cost: Cost, *, error: str | None = None) -> None:
         """Close a ledger entry. The bytes that a pack moved for all count with the first entry that is closed."""
-        self._write(replace(work, outcome=outcome, ended_at=time.time(), error=error, cost=cost), taken_bytes())
+        ended_at = work.started_at + time.perf_counter() - self._started  # a clock that is set changes no duration
+        self._write(replace(work, outcome=outcome, ended_at=ended_at, error=error, cost=cost), taken_bytes())
         self._closed.append(work)
 
     def _write(self, work: Work, num_bytes: int = 0) -> None:
