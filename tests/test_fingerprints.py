@@ -17,12 +17,12 @@ from PIL import Image
 from raysubset.config import Config, DataConfig
 from raysubset.data import file_fingerprint, load_full_set, refuse_changed_files
 from raysubset.doctor import examine
-from raysubset.errors import listed
+from raysubset.errors import ChangedFile, listed
 from raysubset.fingerprints import MOST_NAMED, Entry, Identity, changes, digest, entries, fingerprint
 from raysubset.pipeline import run
 from raysubset.run_directory import IDENTITY_PATH, REPORT_PATH, CorruptFile, RunDirectory
 from raysubset.user_code.functions import load_function
-from raysubset.user_code.source_files import Workplace, at, code_fingerprint
+from raysubset.user_code.source_files import Workplace, at, code_fingerprint, held_code
 from raysubset.work.identity import identify, places_notes
 from tests.test_report import a_record
 
@@ -283,6 +283,17 @@ class TestImporting:
         monkeypatch.chdir("/")  # as in Ray Train's workers
         sys.path.remove(str(library))
         assert call() == "found"
+
+    def test_another_process_refuses_code_that_was_changed_since(self, modules, monkeypatch):
+        modules(net="import helper", helper="rate = 1")
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        with held_code({"net:make": code_fingerprint("net:make")}):
+            begun = Workplace.here()
+        begun.enter()
+        modules(net="import helper", helper="rate = 2", more="")
+        with pytest.raises(ChangedFile, match=r"net:make changed while it was in use: helper.py has other bytes: put"):
+            begun.enter()
+        Workplace.here().enter()  # of a later command
 
     def test_a_folder_that_another_machine_lacks_is_no_failure(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)

@@ -19,6 +19,8 @@ from raysubset.run_directory import SESSIONS_PATH, Lease, RunDirectory, StorageL
 from raysubset.run_directory.ledger import Ledger
 from raysubset.tracking import refuse_missing
 from raysubset.user_code.functions import refuse_import
+from raysubset.user_code.given import is_given
+from raysubset.user_code.source_files import held_code
 from raysubset.work import weights_name
 from raysubset.work.identity import identify, known_fingerprint
 
@@ -193,5 +195,6 @@ class Command:
                 if resumed:
                     Ledger(directory).close_lost()
                 sessions = Sessions(directory, lease, began=self._began)
-                with sessions, connected(self.config.cluster, sessions.checked(tell)):
+                code = {name: table for name, table in identity.code.items() if not is_given(name)}
+                with sessions, held_code(code), connected(self.config.cluster, sessions.checked(tell)):
                     yield sessions

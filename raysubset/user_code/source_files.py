@@ -6,16 +6,17 @@ import os
 import site
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from raysubset.fingerprints import Entry, fingerprint, hasher
+from raysubset.errors import ChangedFile, listed
+from raysubset.fingerprints import MOST_NAMED, Entry, changes, entries, fingerprint, hasher
 from raysubset.user_code.given import Given, hold
 
 T = TypeVar("T")
@@ -71,6 +72,20 @@ def search_here() -> None:
         sys.path.insert(0, here)
 
 
+_in_use: Mapping[str, pa.Table] = {}
+
+
+@contextmanager
+def held_code(fingerprints: Mapping[str, pa.Table]) -> Iterator[None]:
+    """Have this process's workplaces refuse other code in the block, by the code_fingerprint() of each reference."""
+    global _in_use
+    _in_use = fingerprints
+    try:
+        yield
+    finally:
+        _in_use = {}
+
+
 @dataclass(frozen=True)
 class Workplace:
     """The driver's working directory and search path, with which other processes find the user's files and modules."""
@@ -78,19 +93,32 @@ class Workplace:
     directory: str
     search_path: tuple[str, ...]  # without installed packages
     load_given: Callable[[], Given] | None = None  # loads the objects given in place of names, if there are any
+    code: Mapping[str, pa.Table] = field(default_factory=dict)  # what the user's code was when the command began
 
     @classmethod
     def here(cls) -> "Workplace":
         """Return this process's workplace."""
         here = os.getcwd()
         folders = [os.path.abspath(path) for path in sys.path if not _is_installed(os.path.realpath(path or here))]
-        return cls(here, tuple(folders))
+        return cls(here, tuple(folders), code=_in_use)
 
     def enter(self) -> None:
-        """Change to the directory if this machine has it, search modules as the driver does, and load given objects."""
+        """Change to the directory if this machine has it, search modules as the driver does, and load given objects.
+
+        Raises:
+            ChangedFile: if a file of the user's code is another one than when the command began.
+        """
         if os.path.isdir(self.directory):
             os.chdir(self.directory)
         sys.path[:] = [*self.search_path, *(path for path in sys.path if path not in self.search_path)]
+        for reference, old in self.code.items():
+            new, known = code_fingerprint(reference), entries(old)  # this process may see other files besides
+            both = fingerprint(entry for file, entry in entries(new).items() if file in known)
+            if texts := changes(fingerprint(known[file] for file in entries(both)), both):
+                raise ChangedFile(
+                    f"{reference} changed while it was in use: {listed(texts, most=MOST_NAMED)}: put the old back, "
+                    "and the same command resumes; or add --accept-changed-code if the change does not matter"
+                )
         if self.load_given is not None:
             hold(replace(self.load_given(), load=self.load_given))
 

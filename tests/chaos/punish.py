@@ -278,11 +278,12 @@ class Attacker:
         return self._draw.random() < max(chance, 0.02)
 
     def strike(self, victims: Victims, place: Place, stage: str, since: float) -> Any:
-        """Signal one victim of a kind that was hit least of those that live, or once more; None if it is gone."""
+        """Signal a victim of a kind that was hit least of those that live, or once more; None: not now."""
         least = min(self.hits[key] for key in victims)
         kind, number = self._draw.choice([key for key in victims if self.hits[key] <= least + 1])
         time.sleep(self._draw.choice((0, 0.1 * self._draw.random())))
-        at_work = place.stage_at_work(stage, since)
+        if (at_work := place.stage_at_work(stage, since)) == BETWEEN and self._draw.random() < 0.9:
+            return None
         try:
             os.kill(self._draw.choice(victims[kind, number]), number)
         except ProcessLookupError:
@@ -449,12 +450,13 @@ def punish(options: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     reference, tagged, struck = options.reference or out / "reference", Tagged(uuid.uuid4().hex), attacker.struck
     KINDS[:] = [key for key in KINDS if key[0] in options.kinds]
-    began, until = time.monotonic(), time.monotonic() + options.minutes * 60
+    began = time.monotonic()
     if not options.reference and start(reference, None, tagged).wait():
         print(f"the reference failed: {_last_line(reference)}")
         return 1
     tagged.end_all()
     print(f"reference: {time.monotonic() - began:.0f} s", flush=True)
+    until = time.monotonic() + options.minutes * 60
     with bucket("runs/{}") if options.s3 else contextlib.nullcontext(f"{out}/{{}}") as uri:
         while struck.total() < options.kills and time.monotonic() < until:
             number = len(outcomes)
