@@ -188,6 +188,7 @@ def test_an_arm_takes_overrides():
     assert (arm.letter, arm.role) == ("G", "candidate")
     assert arm.overrides == {"aggregation.method": "fisher", "minimize.momentum": 0.8}
     assert parse_arm("B:minimize.averaging.kind=pswa").role == "control"
+    assert parse_arm("B:data.target=1").overrides == {"data.target": "1"}  # a column's name, no number
 
 
 WHOLE = ["--minimize.optimizer", "lbfgs", "--fine-tuning.epochs", "0", "--trunk.epochs", "0"]

@@ -31,6 +31,7 @@ from raysubset.config import (
     TrunkConfig,
     derive_seed,
     differences,
+    field_type,
     flatten,
     from_tree,
     nearest,
@@ -476,6 +477,21 @@ def test_a_written_value_is_a_number_a_truth_value_none_or_a_word():
     written = {"100": 100, "0.05": 0.05, "1e-3": 1e-3, "true": True, "False": False, "None": None, "cosine": "cosine"}
     assert {word: parse_value(word) for word in written} == written
     assert type(parse_value("1")) is int
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("data.target", {"1": "1", "true": "true", "None": None}),  # the names of columns
+        ("model.name", {"3": "3", "None": "None"}),
+        ("data.augmentation", {"none": "none"}),
+        ("subsets.size", {"100": 100, "None": None}),
+        ("fine_tuning.num_workers", {"2": 2, "auto": "auto"}),
+        ("data.nothing.like.it", {"1": 1}),
+    ],
+)
+def test_the_value_of_a_setting_that_is_text_is_never_read_as_a_number(name, values):
+    assert {word: parse_value(word, field_type(Config, name)) for word in values} == values
 
 
 def test_a_config_from_before_a_field_was_added_has_its_default_and_what_is_unreadable_stays():

@@ -25,7 +25,7 @@ from raysubset.cli import flags
 from raysubset.cli.live import telling
 from raysubset.cli.parsing import HELP, overview, parse, parse_command
 from raysubset.cli.screen import console_of, open_screen, print_sections, sections_of, visible
-from raysubset.config import Config, parse_value
+from raysubset.config import Config, field_type, parse_value
 from raysubset.errors import CorruptFile, first_line, is_of_full_card, one_line
 from raysubset.events import OnEvent, Waiting
 from raysubset.uris import without_secrets
@@ -218,7 +218,7 @@ def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:
             raise ValueError(f"--space {text}: write field=value,value")
         if key in space:
             raise ValueError(f"--space {text}: {key} is given twice")
-        space[key] = [parse_value(word) for word in values.split(",")]
+        space[key] = [parse_value(word, field_type(Config, key)) for word in values.split(",")]
     return space
 
 

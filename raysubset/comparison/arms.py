@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from raysubset.config import Config, parse_value
+from raysubset.config import Config, field_type, parse_value
 from raysubset.legs import Leg
 from raysubset.planning import Plan
 
@@ -71,7 +71,8 @@ def parse_arm(key: str) -> Arm:
         name, mark, value = part.partition("=")
         if not (name and mark and value):
             raise ValueError(f"arm {key!r}: write overrides as field=value, separated by commas")
-        overrides[name.strip().replace("-", "_")] = parse_value(value.strip())
+        name = name.strip().replace("-", "_")
+        overrides[name] = parse_value(value.strip(), field_type(Config, name))
     return Arm(key, letter, overrides)
 
 

@@ -31,6 +31,7 @@ from raysubset.config.task import TASK_NAMES, LossName, TaskConfig
 from raysubset.config.trees import (
     check_number,
     differences,
+    field_type,
     flatten,
     from_tree,
     nearest,

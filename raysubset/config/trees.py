@@ -211,8 +211,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def parse_value(word: str) -> Any:
-    """Parse a field's value as a number, boolean, None or word: 100, 0.05, true, None, cosine."""
+def field_type(cls: type, name: str) -> Any:
+    """Return the type of a field of a class, or of the classes of its fields, by dotted name; None if there is none."""
+    kind: Any = cls
+    for part in name.split("."):
+        kind = _hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return kind
+
+
+def parse_value(word: str, kind: Any = None) -> Any:
+    """Parse a field's value as a number, boolean, None or word: 100, 0.05, true, None, cosine.
+
+    Args:
+        kind: the field's type. A value that may be any text, such as a column's name, stays one, but for None.
+    """
+    options = (kind, *typing.get_args(kind))
+    if str in options and not (word == "None" and types.NoneType in options):
+        return word
     words = {"True": True, "true": True, "False": False, "false": False, "None": None}
     if word in words:
         return words[word]
