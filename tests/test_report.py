@@ -397,6 +397,10 @@ def test_a_quality_that_is_not_finite_leaves_a_page():
     record = of_task(a_record(), "regression", R2)
     record["test"] |= {"rmse": 53.21, "error_squared_sum": [1.0, 2.0]}
     assert str(one(sections(record), "Final model").lines[0]) == "On test data also: rmse 53.21."
+    several = {**record, "data": record["data"] | {"targets": ["price", "age_1"]}}
+    several["test"] = record["test"] | {"rmse_0": 106.0, "rmse_1": 0.42}  # each in its target's unit
+    told = "On test data also: rmse 53.21, rmse of price 106, rmse of age_1 0.42."
+    assert str(one(sections(several), "Final model").lines[0]) == told
     record["test"]["r2"] = record["stages"]["fine_tuning"]["validation"]["r2"] = None
     refuse_other_values("report.json", record)
     page = text(sections(record))

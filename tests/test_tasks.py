@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import jaccard_score, mean_absolute_error, mean_squared_error, r2_score
+from sklearn.metrics import jaccard_score, mean_absolute_error, r2_score, root_mean_squared_error
 from torch import Tensor
 
 from raysubset.config import TaskConfig
@@ -29,6 +29,7 @@ from raysubset.tasks import (
     Segmentation,
     SquaredError,
     TensorInputs,
+    Vocabulary,
     added,
     balanced_weights,
     fit_columns,
@@ -37,6 +38,7 @@ from raysubset.tasks import (
     sums_of,
     task_from_dict,
     task_to_dict,
+    windows_of,
 )
 
 WEIGHTS = (0.5, 1.0, 2.5)
@@ -258,9 +260,10 @@ def test_qualities_of_regression_are_scikit_learns_in_the_targets_own_units():
     found = task.values(sums, 40)
     mean, std = np.array(task.mean), np.array(task.std)
     wanted, predicted = (values.numpy() * std + mean for values in (targets, outputs))
-    assert found["r2"] == pytest.approx(r2_score(wanted, predicted, multioutput="uniform_average"), rel=1e-9)
-    assert found["rmse"] == pytest.approx(math.sqrt(mean_squared_error(wanted, predicted)), rel=1e-12)
-    assert found["mae"] == pytest.approx(mean_absolute_error(wanted, predicted), rel=1e-12)
+    for name, metric in {"r2": r2_score, "rmse": root_mean_squared_error, "mae": mean_absolute_error}.items():
+        assert found[name] == pytest.approx(metric(wanted, predicted), rel=1e-9)
+        each = [found[f"{name}_{number}"] for number in range(2)]  # whose units differ
+        assert each == pytest.approx(metric(wanted, predicted, multioutput="raw_values"), rel=1e-9)
     table = task.tabulate(outputs, targets)
     for number in range(2):
         np.testing.assert_allclose(table[f"target_{number}"], wanted[:, number])
@@ -306,7 +309,10 @@ VOCABULARY = fit_vocabulary("characters", ["ab ba\n"])  # newline, space, a and 
 
 
 def test_bits_and_the_perplexity_of_words_by_hand():
-    """Two windows of four tokens, of which each is predicted with one half: one bit a token, two words that end."""
+    """Two windows of four tokens, of which each is predicted with one half: one bit a token, two words that end.
+
+    They end among six tokens whose neighbours before them are in the window, so a word has three tokens.
+    """
     task = NextToken(VOCABULARY, 4)
     tokens = torch.from_numpy(np.stack([VOCABULARY.encode("ab ba"), VOCABULARY.encode("ba ab")]))
     inputs, targets = task.batch({"tokens": tokens}, None)
@@ -317,8 +323,22 @@ def test_bits_and_the_perplexity_of_words_by_hand():
     found = task.values(sums_of(task, outputs, targets), 2)
     assert found["bits"] == pytest.approx(1)
     assert found["accuracy"] == 1
-    assert found["word_perplexity"] == pytest.approx(2 ** (8 / 2))  # eight tokens of a bit, and two words
+    assert found["word_perplexity"] == pytest.approx(2**3)
     assert task.loss(outputs, targets).item() == pytest.approx(2 * math.log(2))
+
+
+@pytest.mark.parametrize("window", [2, 3, 8, 64])
+def test_the_perplexity_of_words_does_not_depend_on_the_window(window):
+    """A text of words of four letters and a space, each token of a bit: five bits a word, also in small windows."""
+    task, text = NextToken(Vocabulary("bytes"), window), "abcd " * 4000
+    tokens = torch.from_numpy(windows_of([text], task.vocabulary, window, where="it")[0])
+    _, targets = task.batch({"tokens": tokens}, None)
+    outputs = torch.full((*targets.shape, 256), math.log(0.5 / 255))
+    outputs.scatter_(2, targets.unsqueeze(2), math.log(0.5))
+    found = task.values(sums_of(task, outputs, targets), len(tokens))
+    assert found["word_perplexity"] == pytest.approx(2**5, rel=0.01)
+    unending = sums_of(task, outputs, torch.zeros_like(targets))
+    assert math.isnan(task.values(unending, len(tokens))["word_perplexity"])
 
 
 def test_accuracy_counts_and_balanced_weights_make_every_class_count_alike():
@@ -380,6 +400,10 @@ def test_tensors_are_standardised_by_training_rows_each_feature_or_as_a_whole_an
     train, everywhere = np.arange(40), np.arange(50)
     found = fit_tensors(rows, train).standardised(rows, where="it", rows=everywhere)
     np.testing.assert_allclose(found, (rows - rows[:40].mean(0)) / rows[:40].std(0), rtol=1e-5, atol=1e-6)
+    still = np.full((50, 1), 0.1)  # whose deviation is 1e-17 by rounding, and not to be divided by
+    still[40:] = 0.2
+    found = fit_tensors(still, train).standardised(still, where="it", rows=everywhere)
+    np.testing.assert_allclose(found, still - 0.1, atol=1e-6)
     grids = normal(50, 2, 3).numpy()
     found = fit_tensors(grids, train).standardised(grids, where="it", rows=everywhere)
     np.testing.assert_allclose(found, (grids - grids[:40].mean()) / grids[:40].std(), rtol=1e-5, atol=1e-6)

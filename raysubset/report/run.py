@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
 from typing import Any
@@ -143,7 +143,8 @@ def result(record: Record, beside: Beside) -> Section:
 def _final_model(record: Record) -> Section:
     quality = quality_of(record)
     lines = [Note(**note) for note in record["data"]["notes"]]
-    if values := list(_other_values(record["test"], quality)):
+    names = record["data"].get("targets", ())
+    if values := list(_other_values(record["test"], quality, {str(k): name for k, name in enumerate(names)})):
         lines.insert(0, Note(f"On test data also: {', '.join(values)}."))
     error = "" if standard_error(record["test"], quality) is None else " ± standard error"
     columns = (
@@ -156,12 +157,18 @@ def _final_model(record: Record) -> Section:
     return table("Final model", [(name, record[split]) for split, name in names.items()], columns, lines)
 
 
-def _other_values(metrics: Record, quality: Quality) -> Iterator[str]:
-    """Yield the metrics other than loss, quality, sums and errors: 'rmse 53.2'."""
+def _other_values(metrics: Record, quality: Quality, targets: Mapping[str, str]) -> Iterator[str]:
+    """Yield the metrics other than loss, quality, sums and errors: 'rmse 53.2'; those of a target by its number, too.
+
+    Args:
+        targets: the targets' names by number: mae_1 is shown as 'mae of price 53.2'.
+    """
     for key, value in metrics.items():
         is_known = key in ("loss", quality.name) or key.startswith("num_") or key.endswith(("_sum", "_error"))
         if isinstance(value, int | float) and not is_known:
-            yield f"{key.replace('_', ' ')} {value:.4g}"
+            name, _, number = key.rpartition("_")
+            noun = f"{name} of {targets[number]}" if name in metrics and number in targets else key.replace("_", " ")
+            yield f"{noun} {value:.4g}"
 
 
 def _loss_and_quality(heading: str, quality: Quality, metrics_of: Callable[[Any], Record | None]) -> list[Column]:

@@ -16,6 +16,7 @@ from raysubset.config import nearest
 from raysubset.config.trees import need
 from raysubset.errors import listed
 from raysubset.events import Note
+from raysubset.tasks.inputs import LEAST_DEVIATION
 
 Missing = Literal["refuse", "mean"]
 NumberKind = Literal["number", "time"]  # a time is read as seconds
@@ -279,7 +280,7 @@ class _Reader:
                 f"column {name} of {self.where} runs from {present.min():g} to {present.max():g}, which 64-bit floats "
                 "cannot standardise: give it in another unit, or leave it out with --data.columns"
             )
-        if deviation <= 10 * np.finfo(np.float64).eps * abs(mean):  # rounding, as of 0.1 + 0.2 beside 0.3
+        if deviation <= LEAST_DEVIATION * abs(mean):
             return None
         if kind == "time":
             self.note("dates and times are read as numbers of seconds", name)

@@ -20,6 +20,7 @@ FULL_RANGE: GreyRange = (0, 65535)
 # The padding on each side, which is also the largest shift, is the side divided by this: 4 pixels for CIFAR's 32.
 _SIDES_PER_PADDING = 8
 
+LEAST_DEVIATION = 10 * np.finfo(np.float64).eps  # as a share of the mean: less is rounding, as of 0.1 + 0.2 beside 0.3
 _MOST = 2**28  # numbers in one example: an image of 16,384×16,384
 _LARGE = 1e6  # for a mean or a standard deviation of pixels in [0, 1]
 
@@ -121,7 +122,7 @@ class TensorInputs:
 
     shape: tuple[int, ...]  # of one example
     mean: tuple[float, ...] = (0.0,)  # over the training split: one number a feature of [N, F], else one for all
-    std: tuple[float, ...] = (1.0,)  # likewise; 1 if nothing varies
+    std: tuple[float, ...] = (1.0,)  # likewise; 1 if it does not vary
     num_values: int | None = None  # for integers
 
     column = "inputs"
@@ -141,8 +142,8 @@ class TensorInputs:
         return inputs if self.num_values is None else inputs.long()
 
     def scaling(self) -> tuple[Tensor, Tensor]:
-        """Return (shift, scale), float32: a number is standardised as (number - shift) / scale."""
-        return torch.tensor(self.mean, dtype=torch.float32), torch.tensor(self.std, dtype=torch.float32)
+        """Return (shift, scale), float64: a number is standardised as (number - shift) / scale."""
+        return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
 
     def standardised(self, values: np.ndarray, *, where: str, rows: np.ndarray) -> np.ndarray:
         """Turn raw values, [N, …], into the rows to store.
@@ -183,5 +184,5 @@ def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
     wide = values[rows].astype(np.float64)
     axis = 0 if values.ndim == 2 else None
     mean, std = np.atleast_1d(wide.mean(axis=axis)), np.atleast_1d(wide.std(axis=axis))
-    std = np.where(std > 0, std, 1.0)
+    std = np.where(std > LEAST_DEVIATION * np.abs(mean), std, 1.0)
     return TensorInputs(values.shape[1:], tuple(mean.tolist()), tuple(std.tolist()))

@@ -56,13 +56,16 @@ class NextToken(LossTask[CrossEntropy]):
         return {"bits": nats.double() / math.log(2), "accuracy": right, "words": ends.sum(1)}
 
     def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
-        """Return bits a token, accuracy, and a word's perplexity: exp of the nats per word that ends."""
-        bits = sums["bits_sum"] / num
-        nats_a_word = sums["bits_sum"] * math.log(2) * self.window / max(1, sums["num_words"])
+        """Return bits a token, accuracy, and a word's perplexity: exp of the nats per word that ends, NaN if none does.
+
+        A word that ends with a window's first token is not seen to end there: nats count for one token fewer.
+        """
+        bits, num_words = sums["bits_sum"] / num, sums["num_words"] or math.nan
+        nats_a_word = sums["bits_sum"] * math.log(2) * (self.window - 1) / num_words
         return {
             "bits": bits,
             "accuracy": sums["accuracy_sum"] / num,
-            "word_perplexity": math.exp(nats_a_word) if nats_a_word < 700 else math.inf,
+            "word_perplexity": math.inf if nats_a_word > 700 else math.exp(nats_a_word),
         }
 
     def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:

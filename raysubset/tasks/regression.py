@@ -17,6 +17,7 @@ from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import InputsTask, Rows
 
 _NUM_STRATA = 10
+_MOST_TARGETS = 20  # that are measured one by one, too
 _LEAST_SPREAD = 1e-12  # as a share of the squares: less is rounding
 
 
@@ -59,20 +60,20 @@ class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
         }
 
     def values(self, sums: Mapping[str, Any], num: int) -> dict[str, float]:
-        """Return r2, the share of variance explained, averaged over targets; rmse and mae in the targets' units.
+        """Return r2, the share of variance explained, rmse and mae in the targets' units, all averaged over targets.
 
-        r2 is NaN if a target is the same for all examples.
+        For several targets, up to 20, r2_0, rmse_0 and mae_0 are those of the first, and so on: their units differ. r2
+        is NaN if a target is the same for all examples.
         """
         names = ("error_squared", "error_absolute", "target", "target_squared")
         squared, absolute, total, total_squared = (np.array(sums[f"{name}_sum"]) for name in names)
         spread, std = total_squared - total**2 / num, np.array(self.std)
         spread[spread <= _LEAST_SPREAD * total_squared] = math.nan
-        r2 = float(np.mean(1 - squared / spread))
-        return {
-            "r2": r2,
-            "rmse": float(np.sqrt(np.mean(squared / num * std**2))),
-            "mae": float(np.mean(absolute / num * std)),
-        }
+        each = {"r2": 1 - squared / spread, "rmse": np.sqrt(squared / num) * std, "mae": absolute / num * std}
+        values = {name: float(np.mean(of_targets)) for name, of_targets in each.items()}
+        if 1 < len(std) <= _MOST_TARGETS:
+            values |= {f"{name}_{k}": float(each[name][k]) for k in range(len(std)) for name in each}
+        return values
 
     def watched(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return 1 minus the squared error of standardised targets: the share of the training variance explained."""
@@ -90,12 +91,12 @@ class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
         return f"{self.objective.name} of standardised targets"
 
     def scaling_of_outputs(self) -> tuple[Tensor, Tensor]:
-        """Return (shift, scale), float32 [K]: outputs * scale + shift is in the targets' units."""
-        return torch.tensor(self.mean, dtype=torch.float32), torch.tensor(self.std, dtype=torch.float32)
+        """Return (shift, scale), float64 [K]: outputs * scale + shift is in the targets' units."""
+        return torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
 
     def tabulate(self, outputs: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
         """Return float64 target and prediction in the targets' units; for several targets target_0, prediction_0, …"""
-        mean, std = torch.tensor(self.mean, dtype=torch.float64), torch.tensor(self.std, dtype=torch.float64)
+        mean, std = self.scaling_of_outputs()
         columns = {}
         for name, values in (("target", targets), ("prediction", outputs)):
             unscaled = (values.double() * std + mean).numpy()
