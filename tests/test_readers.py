@@ -617,6 +617,12 @@ def test_splits_that_lack_classes_are_told_with_which(tmp_path: Path):
     assert "warning: the test split has no example of class b, d" in lacking
     pq.write_table(encoded_table(random_images(40), [0, 1] * 20), tmp_path / "set.parquet")
     assert not [note for note in load(tmp_path / "set.parquet").notes if "no example" in note]
+    categories = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 20), ["a", "b", "c"])  # as pandas keeps unused ones
+    pq.write_table(pa.table({"x": range(40), "label": categories}), tmp_path / "set.parquet")
+    lacking = [note for note in load(tmp_path / "set.parquet").notes if "no example" in note]
+    assert lacking == [
+        f"warning: the {split} split has no example of class c" for split in ("train", "test", "validation")
+    ]
 
 
 def test_files_that_do_not_go_together_are_refused(tmp_path: Path):

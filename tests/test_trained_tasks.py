@@ -6,16 +6,19 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from raysubset.config import DataConfig, ModelConfig, TaskConfig
+from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig, TaskConfig
 from raysubset.data import FullSet, load_full_set
 from raysubset.models import architecture, new_model
+from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import NextToken, TableInputs
 from raysubset.trained_model import ModelRecord, leave_samples, load_model, save_model
 from raysubset.trained_model.exporting import export_model, predict_files
+from raysubset.training import predict
 
 OWN = """
 from raysubset.tasks import Spec, Task
@@ -67,8 +70,39 @@ def test_a_regressions_outputs_are_in_the_targets_units(prices, tmp_path):
     area = next(column for column in task.inputs.columns if column.name == "area")
     scaled = raw.clone()
     scaled[:, 0] = (raw[:, 0] - area.mean) / area.deviation
-    expected = network(scaled.float()) * task.std[0] + task.mean[0]
+    expected = network(scaled.float()).double() * task.std[0] + task.mean[0]
     torch.testing.assert_close(model(raw), expected)
+    torch.testing.assert_close(model(raw.float()), expected.float())
+
+
+def test_dates_in_seconds_are_predicted_to_the_second(tmp_path, caplog):
+    """Numbers about 1.7e9, in and out, of which float32 has every 128th."""
+    generator = np.random.default_rng(0)
+    begin, end = 1.7e9 + generator.normal(0, 60, (2, 90))
+    pq.write_table(pa.table({"begin": begin, "end": end}), tmp_path / "times.parquet")
+    config = DataConfig(name=str(tmp_path / "times.parquet"), target="end")
+    full_set = load_full_set(config, TaskConfig(name="regression"))
+    network, rows = saved(full_set, tmp_path / "run"), full_set.test.table["row"].to_numpy()
+    outputs = predict(network, full_set.examples("test"), MinimizeConfig())
+    of_columns = full_set.task.tabulate(outputs, outputs)
+    model = load_model(str(tmp_path / "run"))
+    outputs = model(torch.from_numpy(begin[rows, None]))[:, 0].tolist()
+    assert outputs == pytest.approx(of_columns["prediction"], abs=1e-3)
+    answers = [*predict_files(str(tmp_path / "run"), [str(tmp_path / "times.parquet")])]
+    assert [answers[row].values["end"] for row in rows] == pytest.approx(of_columns["prediction"], abs=1e-3)
+    assert str(answers[0]).endswith(f", row 0: end {answers[0].values['end']:.0f}")
+    export_model(str(tmp_path / "run"), str(tmp_path / "it.pt2"), format="torch-export")
+    assert "float32 rounds begin, end by more than" in caplog.text
+
+    def arrays():
+        return {"inputs": begin[:, None], "target": end}
+
+    with hold_objects(Config(task=TaskConfig(name="regression")), data=arrays) as named:
+        full_set = load_full_set(*named.learned)
+    network, rows = saved(full_set, tmp_path / "arrays"), full_set.test.table["row"].to_numpy()
+    expected = predict(network, full_set.examples("test"), MinimizeConfig()).double() * full_set.task.std[0]
+    outputs = load_model(str(tmp_path / "arrays"))(torch.from_numpy(begin[rows, None])) - full_set.task.mean[0]
+    torch.testing.assert_close(outputs, expected, atol=1e-3, rtol=0)
 
 
 def test_a_tables_rows_are_predicted_by_column_names_in_any_order(prices, tmp_path):

@@ -65,11 +65,7 @@ def of_images(
         return images | targets.stored(origin_of(split, source), rows[split], learned)
 
     notes = [*notes, *targets.notes, *carving, *decoded.notes]
-    if targets.kind == "classes":
-        labels: dict[SplitName, np.ndarray] = {
-            split: targets.values[origin_of(split, source)][numbers] for split, numbers in rows.items()
-        }
-        notes += _lacking(labels, targets.names)
+    notes += _lacking(targets, rows)
     tables: dict[SplitName, pa.Table] = {name: split.table for name, split in source.items()}
     full_set = assembled(config, rows, stored, learned, notes, tables=tables, groups=decoded.groups)
     if not task.is_class:
@@ -91,12 +87,13 @@ def _masks_in_shape(masks: Mapping[SplitName, np.ndarray], height: int, width: i
     return {name: values.reshape(-1, height, width) for name, values in masks.items()}
 
 
-def _lacking(labels: Mapping[SplitName, np.ndarray], class_names: tuple[str, ...]) -> Iterator[Note]:
+def _lacking(targets: Targets, rows: Mapping[SplitName, np.ndarray]) -> Iterator[Note]:
     """Yield a note on each split without examples of some classes."""
-    for name, numbers in labels.items():
-        absent = np.flatnonzero(np.bincount(numbers, minlength=len(class_names)) == 0)
+    for name, numbers in rows.items() if targets.kind == "classes" else ():
+        labels = targets.values[origin_of(name, targets.values)][numbers]
+        absent = np.flatnonzero(np.bincount(labels, minlength=len(targets.names)) == 0)
         if len(absent):
-            examples = listed([class_names[number] for number in absent], most=_MOST_LISTED)
+            examples = listed([targets.names[number] for number in absent], most=_MOST_LISTED)
             yield Note(f"the {name} split has no example of class {examples}", is_warning=True)
 
 
@@ -122,7 +119,7 @@ def of_tables(tables: Tables, config: DataConfig, task: TaskConfig) -> FullSet:
         rows=rows["train"],
     )
     learned = targets.task(inputs, targets.values["train"][rows["train"]], task)
-    notes = [*tables.notes, *targets.notes, *carving, *fitted]
+    notes = [*tables.notes, *targets.notes, *carving, *_lacking(targets, rows), *fitted]
 
     def stored(split: SplitName) -> dict[str, np.ndarray]:
         origin = origin_of(split, targets.values)
@@ -280,7 +277,7 @@ def of_arrays(
         values = inputs.standardised(values, where=f"the {split} split", rows=rows[split])
         return {inputs.column: values, **targets.stored(origin, rows[split], learned)}
 
-    return assembled(config, rows, stored, learned, [*notes, *targets.notes, *carving])
+    return assembled(config, rows, stored, learned, [*notes, *targets.notes, *carving, *_lacking(targets, rows)])
 
 
 def _source_of_array(values: np.ndarray, split: SplitName, config: DataConfig) -> SourceSplit:

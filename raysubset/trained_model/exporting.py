@@ -46,7 +46,7 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
     Its input is float32 [N, C, H, W] in [0, 1] for images, float32 [N, F] for a table's features, or int64 [N, T] for
     tokens, with any N. Its output is float32, [N, num_classes] for classes. The file also holds, as JSON, class names
     and image shape (H, W, C), or the names of features and targets: a .pt2 in extra files, ONNX in its metadata. A
-    warning names features for which float32 is too coarse, as it is for times in seconds within some minutes.
+    warning names features and targets for which float32 is too coarse, as for times in seconds within some minutes.
 
     Args:
         directory: the run directory, a path or a URI.
@@ -71,20 +71,22 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
         sample = model.spec.random(3, generator)
     if isinstance(model.inputs, TableInputs):
         sample = (sample * model.std + model.mean).float()
-        if coarse := _coarse(model.inputs):
-            text = (
-                "float32 rounds %s by more than a hundredth of the standard deviation; load_model() takes float64 too"
-            )
-            _logger.warning(text, listed(coarse))
+    if coarse := _coarse(model):
+        text = "float32 rounds %s by more than a hundredth of the standard deviation; load_model() takes float64 too"
+        _logger.warning(text, listed(coarse))
     (_write_torch if format == "torch-export" else _write_onnx)(model, sample, target)
     return target
 
 
-def _coarse(inputs: TableInputs) -> list[str]:
-    """Return the features whose training values float32 rounds by more than a hundredth of their deviation."""
-    shift, scale = inputs.scaling()
-    is_coarse = shift.abs() * torch.finfo(torch.float32).eps > scale / 100
-    return [name for name, is_so in zip(inputs.feature_names, is_coarse.tolist(), strict=True) if is_so]
+def _coarse(model: TrainedModel) -> list[str]:
+    """Return the features and targets whose training values float32 rounds by over a hundredth of their deviation."""
+    scales = list[tuple[str, float, float]]()
+    if isinstance(model.inputs, TableInputs):
+        scales += zip(model.inputs.feature_names, *map(torch.Tensor.tolist, model.inputs.scaling()), strict=True)
+    if isinstance(task := model.record.task, Regression):
+        scales += zip(task.target_names, task.mean, task.std, strict=True)
+    epsilon = torch.finfo(torch.float32).eps
+    return [name for name, shift, scale in scales if abs(shift) * epsilon > scale / 100]
 
 
 def _metadata(model: TrainedModel) -> dict[str, str]:
@@ -152,7 +154,9 @@ class Prediction:
     def __str__(self) -> str:
         pairs = zip(self.classes, self.probabilities, strict=True)
         answers = [f"{name} {share:.1%}" for name, share in pairs]
-        answers += [f"{name} {value:.6g}" for name, value in self.values.items()]
+        answers += [
+            f"{name} {value:{'.0f' if 1e6 <= abs(value) < 1e15 else '.6g'}}" for name, value in self.values.items()
+        ]
         return self.error or f"{self.place}: {', '.join(answers) or self.text}"
 
     @property

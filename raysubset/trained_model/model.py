@@ -95,6 +95,8 @@ class TrainedModel(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return outputs float32 [N, *spec.outputs]: logits for classes, numbers in the targets' units for regression.
 
+        Numbers are float64 for inputs in float64: float32 has steps of 128 at the seconds of a date.
+
         Args:
             inputs: [N, *spec.inputs]. Images have the training images' size and are uint8, or float in [0, 1]. A
                 table's features are raw, in the order of feature_names, with categories as 0 and 1, and, if
@@ -124,10 +126,12 @@ class TrainedModel(nn.Module):
             scaled = scaled.to(next(self.network.parameters()).dtype)
         if isinstance(self.inputs, TableInputs) and self.inputs.missing == "mean":
             scaled = torch.nan_to_num(scaled, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-        return self._in_units(self.network(scaled))
+        return self._in_units(self.network(scaled), inputs.dtype)
 
     def of_table(self, table: pa.Table) -> tuple[Tensor, tuple[Note, ...]]:
-        """Return outputs, as forward() does, for the rows of a table with the training table's columns, and notes.
+        """Return outputs, as forward() does of float64, for the rows of a table with the training table's columns.
+
+        Notes tell of values that it lacks, or that training did not have.
 
         Raises:
             ValueError: if the model was not trained on a table, a column is missing, or it cannot take the values.
@@ -137,7 +141,7 @@ class TrainedModel(nn.Module):
         remedy = "fill it in, leave such rows out, or train with --data.missing mean"
         features, notes = self.inputs.encode(table, remedy=remedy)
         inputs = torch.from_numpy(features).to(next(self.network.parameters()))
-        return self._in_units(self.network(inputs)), notes
+        return self._in_units(self.network(inputs), torch.float64), notes
 
     def generate(self, text: str, num_tokens: int = 200, *, seed: int = 0, temperature: float = 0.8) -> str:
         """Continue a text, drawing one token after another from the model's prediction.
@@ -168,8 +172,12 @@ class TrainedModel(nn.Module):
                     tokens.append(int(outputs.argmax()))
         return task.vocabulary.decode(tokens[prompt_length:])
 
-    def _in_units(self, outputs: Tensor) -> Tensor:
-        return outputs * self.target_std + self.target_mean if isinstance(self.record.task, Regression) else outputs
+    def _in_units(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return numbers in the targets' units, computed in the wider of their type and another; classes unchanged."""
+        if not isinstance(self.record.task, Regression):
+            return outputs
+        wide = outputs.to(torch.float64 if dtype == torch.float64 else outputs.dtype)
+        return wide * self.target_std.to(wide.dtype) + self.target_mean.to(wide.dtype)
 
 
 def save_model(
