@@ -1,6 +1,8 @@
 """Objects in the place of names: what stands for them, what other processes get, and what tells that they changed."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -19,7 +21,7 @@ from raysubset.data import load_full_set
 from raysubset.objects_in_hand import hold_objects
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
-from raysubset.tasks import Regression, Spec
+from raysubset.tasks import Regression, Spec, Task, task_to_dict
 from raysubset.trained_model import ModelRecord, load_model, save_model
 from raysubset.user_code.given import Given, held_objects, hold
 from raysubset.user_code.object_digests import object_fingerprint
@@ -51,6 +53,26 @@ def local_class() -> type[nn.Module]:
             return self.layer(inputs)
 
     return Net
+
+
+class Halves(Task):
+    quality = "near"
+
+    def fit(self, train):
+        self.largest = float(train["target"].max())
+        return self
+
+    def spec(self):
+        return Spec((4,), (1,))
+
+    def batch(self, rows, draws):
+        return rows["inputs"], rows["target"][:, None] / 2
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().sum()
+
+    def measure(self, outputs, targets):
+        return {"near": (outputs - targets).abs().squeeze(1) < 1}
 
 
 def config_of(**overrides: object) -> Config:
@@ -319,6 +341,35 @@ def test_a_model_is_loaded_elsewhere_by_its_graph_or_by_the_object_again(tmp_pat
     torch.testing.assert_close(again(inputs), outputs)
     with pytest.raises(ValueError, match="the run was given no task as an object, but one by name: leave task out"):
         load_model(directory.uri, task=Regression)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("given", [{}, {"model": net(), "task": Halves()}])
+def test_a_loaded_model_is_copied_and_pickled_and_its_copy_trains_alone(tmp_path, again, given):
+    directory = RunDirectory(str(tmp_path), "traced")
+    task = given.get("task")
+    with hold_objects(Config() if task else config_of(), data=ARRAYS, model=net(), task=task) as config:
+        record = ModelRecord(config.model, load_full_set(*config.learned).task)
+        save_model(directory, weights(net(bias=1.0)), record)
+    model, inputs = load_model(directory.uri, **given), torch.from_numpy(ARRAYS["inputs"])
+    outputs, same = model(inputs), again(model)
+    assert torch.equal(same(inputs), outputs)
+    assert task_to_dict(same.record.task) == task_to_dict(model.record.task)
+    same(inputs).sum().backward()
+    with torch.no_grad():
+        for parameter in same.parameters():
+            parameter -= parameter.grad
+    assert not torch.equal(same(inputs), outputs)
+    assert torch.equal(model(inputs), outputs)
+    model.load_state_dict(same.state_dict())
+    assert torch.equal(model(inputs), same(inputs))
+
+
+def test_a_graph_that_is_set_to_train_warns_that_it_remains_that_of_evaluation(tmp_path):
+    saved(RunDirectory(str(tmp_path), "traced"), net())
+    model = load_model(RunDirectory(str(tmp_path), "traced").uri)
+    with pytest.warns(UserWarning, match="its batch norms keep their statistics"):
+        model.train()
 
 
 def test_a_network_without_a_graph_is_asked_for_again(tmp_path):

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from raysubset.quality import Quality
 from raysubset.tasks.losses import Loss, SquaredError, mean_outputs
 from raysubset.tasks.spec import Spec
+from raysubset.user_code.given import held_objects, is_given
 
 L = TypeVar("L", bound=Loss)
 Rows = Mapping[str, Tensor]  # stored examples: named tensors [n, …]
@@ -170,8 +171,11 @@ class Task:
         return Quality(self.quality, self.higher_is_better, self.is_share, self.unit, self.margin)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickle a user's task by its name, so that the loading process looks for the module where this one did."""
-        if ":" not in self.name:
+        """Pickle a user's task by its name, so that the loading process looks for the module where this one did.
+
+        A task that run() or load_model() was given pickles as itself once they returned: nobody holds it by name then.
+        """
+        if ":" not in self.name or (is_given(self.name) and self.name not in held_objects().objects):
             return super().__reduce_ex__(protocol)
         from raysubset.tasks.records import own_task  # which knows all tasks, and so this file
 

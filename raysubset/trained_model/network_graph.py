@@ -14,9 +14,10 @@ import logging
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -194,6 +195,7 @@ class GraphNetwork(nn.Module):
         try:
             if graph["format"] != _FORMAT:
                 raise ValueError(f"its format is {graph['format']!r}, this version reads {_FORMAT}")
+            self._graph = graph
             self._tensors = [self._hold(entry["name"], tensors, bool(entry["parameter"])) for entry in graph["tensors"]]
             self._calls = _parse(graph, len(self._tensors))
             meta_tensors = [getattr(owner, name).to("meta") for owner, name in self._tensors]
@@ -219,6 +221,24 @@ class GraphNetwork(nn.Module):
         else:
             owner.register_buffer(leaf, tensors[name].clone())
         return owner, leaf
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle and copy the tree: torch's operators in its calls do not pickle."""
+        return {key: value for key, value in vars(self).items() if key != "_calls"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._calls = _parse(self._graph, len(self._tensors))
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and warn that the calls remain those of evaluation: torch.export left out what training adds."""
+        if mode:
+            text = (
+                "this network is the graph of its evaluation mode: its batch norms keep their statistics, and it "
+                "drops nothing out; give load_model() the network, model=…, or trust_code=True, to train it as it was"
+            )
+            warnings.warn(text, stacklevel=2)
+        return super().train(mode)
 
     def forward(self, inputs: Tensor) -> Tensor:
         values = (getattr(owner, name) for owner, name in self._tensors)
