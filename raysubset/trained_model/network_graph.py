@@ -231,7 +231,7 @@ class GraphNetwork(nn.Module):
         self._calls = _parse(self._graph, len(self._tensors))
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, and warn that the calls remain those of evaluation: torch.export left out what training adds."""
+        """Set the mode, and warn that the calls stay those of evaluation: torch.export left out what training adds."""
         if mode:
             text = (
                 "this network is the graph of its evaluation mode: its batch norms keep their statistics, and it "
