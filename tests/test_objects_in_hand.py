@@ -156,7 +156,7 @@ def test_another_process_has_what_the_driver_was_given_without_the_data(monkeypa
     model = local_class()(Spec((4,), (1,)))
     with hold_objects(config_of(), data=ARRAYS, model=model) as config:
         full_set = load_full_set(*config.learned)
-        sent = cloudpickle.dumps(held_objects().for_others())
+        sent = cloudpickle.dumps(held_objects().for_others())  # pyright: ignore
         fingerprints = held_objects().fingerprints
     assert not held_objects().objects
     place = Workplace(str(tmp_path / "missing"), (), partial(cloudpickle.loads, sent))

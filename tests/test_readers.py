@@ -305,6 +305,19 @@ def test_tensors_are_read_back_from_every_format(tmp_path: Path, layout: str, ki
     assert full_set.train.table.column("sensor").to_pylist() == ["ab"[row % 2] for row in rows]
 
 
+def test_tensors_whose_dimensions_are_permuted_are_read_in_their_order_or_refused(tmp_path: Path):
+    images = random_images(40, channels=3).reshape(40, 6, 6, 3)[:, :5]
+    for order, is_read in (((0, 2, 1, 3), True), ((0, 3, 1, 2), False)):  # [N, W, H, C] and [N, C, H, W] in memory
+        moved = np.ascontiguousarray(images.transpose(order)).transpose(np.argsort(order))
+        table = pa.table({"image": pa.FixedShapeTensorArray.from_numpy_ndarray(moved), "label": np.arange(40) % 2})
+        pq.write_table(table, tmp_path / "set.parquet")
+        if is_read:
+            assert np.array_equal(by_row(load(tmp_path / "set.parquet")), images)
+        else:
+            with pytest.raises(ValueError, match=r"permuted by \[2, 0, 1\], which writers take in two ways"):
+                load(tmp_path / "set.parquet")
+
+
 def test_hugging_faces_layout_gives_splits_classes_and_images(tmp_path: Path):
     images = random_images(30)
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog", "emu"]}}

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from raysubset.data import FullSet, load_full_set
 from raysubset.models import architecture, new_model
 from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
-from raysubset.tasks import NextToken, TableInputs
+from raysubset.tasks import NextToken, Regression, TableInputs
 from raysubset.trained_model import ModelRecord, leave_samples, load_model, save_model
 from raysubset.trained_model.exporting import export_model, predict_files
 from raysubset.training import predict
@@ -44,7 +45,7 @@ def numbers():
 """
 
 
-def saved(full_set: FullSet, folder, name: str = "auto", **sizes: int) -> torch.nn.Module:
+def saved(full_set: FullSet, folder, name: str = "auto", **sizes: Any) -> torch.nn.Module:
     """A run directory in `folder` with a fresh network, which is returned in evaluation mode."""
     config = ModelConfig(name=name, **sizes)
     network = new_model(config, full_set, seed=3)
@@ -100,8 +101,10 @@ def test_dates_in_seconds_are_predicted_to_the_second(tmp_path, caplog):
     with hold_objects(Config(task=TaskConfig(name="regression")), data=arrays) as named:
         full_set = load_full_set(*named.learned)
     network, rows = saved(full_set, tmp_path / "arrays"), full_set.test.table["row"].to_numpy()
-    expected = predict(network, full_set.examples("test"), MinimizeConfig()).double() * full_set.task.std[0]
-    outputs = load_model(str(tmp_path / "arrays"))(torch.from_numpy(begin[rows, None])) - full_set.task.mean[0]
+    task = full_set.task
+    assert isinstance(task, Regression)
+    expected = predict(network, full_set.examples("test"), MinimizeConfig()).double() * task.std[0]
+    outputs = load_model(str(tmp_path / "arrays"))(torch.from_numpy(begin[rows, None])) - task.mean[0]
     torch.testing.assert_close(outputs, expected, atol=1e-3, rtol=0)
 
 
@@ -231,7 +234,7 @@ def test_a_task_of_ones_own_is_called_only_where_it_is_trusted(tmp_path, monkeyp
     with pytest.raises(ValueError, match="trust_code"):
         load_model(str(tmp_path / "run"))
     model = load_model(str(tmp_path / "run"), trust_code=True)
-    assert model.record.task.scale == full_set.task.scale
+    assert model.record.task.scale == full_set.task.scale  # pyright: ignore
     inputs = torch.rand(2, 3)
     assert torch.equal(model(inputs), network(inputs))
     with pytest.raises(ValueError, match=r"takes tensors of \[3\]: load_model\(directory, trust_code=True\)\(x\)"):

@@ -207,6 +207,12 @@ def _tensors_of_chunk(chunk: pa.Array, noun: str, where: str) -> np.ndarray:
     if isinstance(chunk.type, pa.FixedShapeTensorType):
         if not _is_number(chunk.type.value_type):
             raise ValueError(refusal)
+        order = chunk.type.permutation or []
+        if any(order[place] != number for number, place in enumerate(order)):  # pyarrow 26 has other strides for it
+            raise ValueError(
+                f"{noun}s of {where} are tensors whose dimensions are permuted by {order}, which writers take in two "
+                "ways: write them in the order [H, W, C], without a permutation"
+            )
         if chunk.storage.flatten().null_count:
             raise ValueError(f"{noun}s of {where} hold null pixels: give each a number")
         return chunk.to_numpy_ndarray()
