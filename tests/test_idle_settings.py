@@ -112,6 +112,10 @@ def test_settings_of_a_recipe_are_idle_if_they_change_no_bit(optimizer: str, kin
         ({"rounds.send": "int8", "rounds.num": 2}, []),
         ({"fine_tuning.epochs": 0.0, "fine_tuning.shrink": 0.2}, ["fine_tuning.shrink"]),
         ({"fine_tuning.shrink": 0.2, "fine_tuning.start": "shrink_perturb"}, []),
+        ({"fine_tuning.sync_batch_norm": True, "fine_tuning.num_workers": 1}, ["fine_tuning.sync_batch_norm"]),
+        ({"fine_tuning.sync_batch_norm": True}, []),  # auto may choose several workers
+        ({"tracking.project": "mine", "tracking.group": "pilots"}, ["tracking.project", "tracking.group"]),
+        ({"tracking.project": "mine", "tracking.to": "mlflow"}, []),
         ({"fine_tuning.temperature": 3.0}, ["fine_tuning.temperature"]),
         ({"fine_tuning.temperature": 3.0, "fine_tuning.distillation": 0.5}, []),
         (

@@ -189,6 +189,24 @@ def test_batches_too_small_for_the_workers_are_refused_and_for_one_fit_whatever_
     assert plan("mlp", minimize__optimizer="lbfgs").most_workers == 1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_warned"),
+    [
+        ({"minimize.batch_size": 322}, False),
+        ({"minimize.batch_size": 323}, True),  # four subsets of digits have 323 examples each
+        ({"subsets.size": 64, "rounds.num": 2}, True),  # batches have 64 by default
+        ({"subsets.size": 64, "minimize.epochs": 50.0, "rounds.num": 2}, False),  # full-batch training on purpose
+        ({"minimize.batch_size": 323, "minimize.optimizer": "lbfgs"}, False),  # has chunks, not batches
+        ({"minimize.batch_size": 323, "method": "conventional"}, False),
+    ],
+    ids=str,
+)
+def test_a_batch_that_holds_a_whole_subset_is_warned_of(overrides: dict[str, Any], is_warned: bool):
+    config = Config().with_overrides(overrides)
+    warnings = [note.text for note in make_plan(config, load_full_set(*config.learned)).advice if note.is_warning]
+    assert any("of a subset, so that each epoch on it is one step" in text for text in warnings) is is_warned
+
+
 def test_parts_of_one_example_are_refused_where_batch_normalisation_would_see_them():
     assert plan("plain", minimize__accumulation=64).most_workers > 1
     with pytest.raises(ValueError, match=r"parts of one example in batches of 53 by 1 worker.*: give 26 at most"):

@@ -27,7 +27,8 @@ def idle_settings(config: Config) -> list[Note]:
     optimizer, loop or aggregation, which receive all settings.
     """
     values, defaults = flatten(config.to_dict()), flatten(Config().to_dict())
-    rows = [*_of_minimizing(config), *(_of_conventional if config.method == "conventional" else _of_stages)(config)]
+    tracking = (config.tracking.to == "none", "tracking", "project group", "no tracker follows the run (tracking.to)")
+    rows = [tracking, *_of_minimizing(config), *(_of_conventional if config.method == "conventional" else _of_stages)(config)]
     reasons = {f"{room}.{name}": reason for is_idle, room, names, reason in rows if is_idle for name in names.split()}
     return [
         Note(f"{key} = {values[key]} has no effect: {reason}", is_warning=True)
@@ -78,6 +79,8 @@ def _of_stages(config: Config) -> Iterator[Row]:
     yield not config.trunk.epochs, "trunk", "learning_rate schedule num_workers", no_trunk
     names = "learning_rate start num_workers min_workers keep sync_batch_norm"
     yield not tuning.epochs, "fine_tuning", names, no_tuning
+    reason = "fine-tuning has one worker, which shares its batches with no other"
+    yield tuning.workers(auto=2) == 1, "fine_tuning", "sync_batch_norm", reason
     is_unperturbed = not tuning.epochs or tuning.start != "shrink_perturb"
     yield is_unperturbed, "fine_tuning", "shrink perturb", "it is for fine_tuning.start=shrink_perturb"
     no_softmax = task.name == "regression" or task.loss not in ("auto", "cross_entropy")

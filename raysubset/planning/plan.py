@@ -27,6 +27,7 @@ from raysubset.training import Cost, diagonal_fisher, fisher_cost, forward_share
 from raysubset.work import CALIBRATION_EXAMPLES, cut_subsets, seeded_model, start_note, subsample_size
 
 _MUCH, _LITTLE = 0.25, 0.1  # share of a round's training that measuring it may cost, before and after the advice
+_FEW_STEPS = 100  # that minimize a subset, over all rounds: fewer are a mistake rather than full-batch training
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
         if full_set.task.class_names:
             missing = missing_class_warnings(subsets, full_set.strata)
         measuring = _measuring_advice(config, full_set, sizes, model, share)
-        lines = [*advice(num_train, sizes, num_outputs, num), *missing, *measuring, *lines]
+        steps = _few_steps_warning(config, min(sizes))
+        lines = [*advice(num_train, sizes, num_outputs, num), *missing, *steps, *measuring, *lines]
     drawing = Drawing(config, None, sizes, statistics)
     legs = list(drawing.legs())
 
@@ -204,6 +206,17 @@ def _aggregation_forward(config: Config, full_set: FullSet, num: int, model: nn.
     if config.rounds.has_outer_step():
         forward += forward_sizes.refreshing + num_validation
     return forward
+
+
+def _few_steps_warning(config: Config, size: int) -> list[Note]:
+    """Warn if a batch holds a whole subset, so that an epoch is one step, and there are few epochs."""
+    recipe = config.stage("subsets")
+    num_steps = math.ceil(recipe.epochs * config.rounds.num)
+    if recipe.whole_loop is not None or recipe.batch_size < size or num_steps >= _FEW_STEPS:
+        return []
+    text = f"minimize.batch_size = {recipe.batch_size} holds all {size} examples of a subset, so that each epoch on it "
+    text += f"is one step, {num_steps} in all: lower --minimize.batch-size, or raise --minimize.epochs"
+    return [Note(text, is_warning=True)]
 
 
 def _measuring_advice(

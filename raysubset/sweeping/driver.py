@@ -102,7 +102,8 @@ def sweep(
     """
     command = Command("sweep", config, on_event, fresh=fresh, accept_changed_code=accept_changed_code)
     directory, tell = command.directory, command.tell
-    config = command.config = config.with_overrides({"tracking.group": config.tracking.group or directory.name})
+    if config.tracking.names():
+        config = command.config = config.with_overrides({"tracking.group": config.tracking.group or directory.name})
     if isinstance(seeds, int):
         check_number("--seeds", seeds, "[1, 1000]")
         seeds = range(config.seed, config.seed + seeds)
