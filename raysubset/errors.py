@@ -54,6 +54,12 @@ def one_line(error: BaseException) -> str:
     return f"{line}; {_FULL_CARD}" if is_full else line
 
 
+def with_article(value: object) -> str:
+    """Return the name of the value's type with its article: 'an int', 'a dict'."""
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' or name == 'ndarray' else 'a'} {name}"
+
+
 def is_of_full_card(error: BaseException) -> bool:
     """Return True for torch's error if a card's memory does not suffice. This module does not import torch."""
     return (type(error).__module__, type(error).__name__) == ("torch", "OutOfMemoryError")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from raysubset.config import Config
+from raysubset.errors import with_article
 from raysubset.models import copied, unwrapped
 from raysubset.tasks import Task
 from raysubset.user_code.given import PREFIX, Given, Instance, holding, is_given
@@ -27,6 +28,11 @@ def accepts_objects(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(config: Config, *arguments: Any, data: Any = None, model: Any = None, task: Any = None, **more: Any) -> T:
+        if not isinstance(config, Config):
+            raise ValueError(
+                f"config is {with_article(config)}: give a raysubset.Config, such as "
+                'Config().with_overrides({"minimize.epochs": 4.0})'
+            )
         with hold_objects(config, data=data, model=model, task=task) as config:
             return function(config, *arguments, **more)  # pyright: ignore[reportCallIssue]
 
@@ -107,7 +113,7 @@ def _checked(argument: str, value: Any) -> Any:
         if isinstance(value, Task):
             return Instance(value, copy.deepcopy)
         if not callable(value):
-            raise ValueError(f"task is a {type(value).__name__}: give a raysubset.tasks.Task, or a class of it")
+            raise ValueError(f"task is {with_article(value)}: give a raysubset.tasks.Task, or a class of it")
         return value
     value = unwrapped(value)
     if isinstance(value, nn.Module):
@@ -116,9 +122,7 @@ def _checked(argument: str, value: Any) -> Any:
             raise ValueError(f"{text}: pass a batch through it first, or give a function that creates it")
         return Instance(copied(value).cpu().train(), copied)
     if not callable(value):
-        raise ValueError(
-            f"model is a {type(value).__name__}: give an nn.Module, or a function of a Spec that creates one"
-        )
+        raise ValueError(f"model is {with_article(value)}: give an nn.Module, or a function of a Spec that creates one")
     return value
 
 

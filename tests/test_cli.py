@@ -133,6 +133,7 @@ def test_a_jobs_own_default_is_kept_where_a_partial_file_says_nothing(tmp_path: 
         ("run --config /none.json", "--config /none.json: No such file or directory"),
         ("report", "report needs a directory"),
         ("report /none", "/none is no run directory: nothing is there"),
+        ("report /proc", "it has no config.json; give the path of one, as listed by raysubset ls /proc"),
         ("run --data.name digts", "did you mean digits?"),
         ("run --storage-path /proc/none", "cannot write to /proc/none"),
         ("compare --seeds 0", "--seeds: 0 cannot tell a difference from noise"),
@@ -421,7 +422,14 @@ def test_overview_lists_the_commands(capsys: pytest.CaptureFixture[str]):
         assert all(verb in out for verb in (*COMMANDS, "Exit codes"))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "--subsets.nmu", "3"], ["rn"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--help"], ["run", "--help"], ["run", "--subsets.nmu", "3"], ["rn"], ["sweep"]),
+        *(["run", "--data.name", "digts"], ["compare", "--data.name", "/none.csv"]),
+    ],
+    ids=" ".join,
+)
 def test_help_and_mistakes_wait_neither_for_torch_nor_for_ray(arguments: list[str]):
     program = (
         "import sys\nfrom raysubset.cli import call\n"

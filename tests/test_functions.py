@@ -228,9 +228,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
     assert (texts, [*texts]) == ({"train": ["a", "bé"], "test": ["c"]}, ["train", "test"])
     assert str(notes[0]) == "train split: 3 characters of what own_rows:load returned"
     for body in ("return features, labels", "return [b'a']", "return []"):
-        with pytest.raises(
-            ValueError, match=r"own_rows:load is a (tuple|list): for --task next_token it should return"
-        ):
+        with pytest.raises(ValueError, match=r"own_rows:load is a (tuple|list): for --task next_token give a text"):
             returned(body, read_returned_texts)
     for body in ("return 'a'", "return ['a', 'b']"):
         with pytest.raises(ValueError, match="own_rows:load is text: use --task next_token"):
@@ -240,7 +238,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return features", "is a ndarray: it should return an Arrow table, a pair"),
+        ("return features", "is an ndarray: give an Arrow table, a pair"),
         ("return features, labels[:5]", r"has 6 inputs but labels of shape \(5,\)"),
         ("return dict(a=features, b=labels[:5])", r"arrays of own_rows:load differ in length \(a 6, b 5\)"),
         ("return dict(a=features, b=[1, [2]])", "b of own_rows:load does not make one array"),
@@ -257,7 +255,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ("return Endless()", "reading item 0 of own_rows:load raised .*; a Dataset needs a length"),
         ("return Items([])", "has no items"),
         ("return Items([(1, 2), None])", "reading item 1 of own_rows:load raised ZeroDivisionError: division by zero"),
-        ("return Items([3])", "item 0 of own_rows:load is a int: all should be pairs"),
+        ("return Items([3])", "item 0 of own_rows:load is an int: all should be pairs"),
         (
             "return Items([(images[0], 1), (images[0, 1:], 1)])",
             r"input of .*: row 1 has shape \(3, 4\), row 0",
@@ -278,7 +276,7 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
             "return dict(train=(features, labels), test=(images, labels))",
             "gives inputs, target as train split and image, label as test split",
         ),
-        ("return dict(tset=(features, labels))", "returned a split 'tset', not one of .*; did you mean test"),
+        ("return dict(tset=(features, labels))", "has a split 'tset', not one of .*; did you mean test"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused_in_a_line(returned: Callable[..., Any], body: str, message: str):

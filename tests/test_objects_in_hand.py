@@ -19,6 +19,7 @@ from raysubset.comparison.checks import checked_arms
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.objects_in_hand import hold_objects
+from raysubset.pipeline import run
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Regression, Spec, Task, task_to_dict
@@ -271,11 +272,11 @@ MISTAKES = {
         {},
         "given:Sequential cannot be given to other processes, .* '_thread.lock' object",
     ),
-    "no network": ({"model": 3}, {}, "model is a int: give an nn.Module, or a function of a Spec that"),
-    "no task": ({"task": 3}, {"task.name": "auto"}, "task is a int: give a raysubset.tasks.Task, or a class of it"),
-    "no data": ({"data": 3}, {}, "given:data is a int: it should return an Arrow table"),
+    "no network": ({"model": 3}, {}, "model is an int: give an nn.Module, or a function of a Spec that"),
+    "no task": ({"task": 3}, {"task.name": "auto"}, "task is an int: give a raysubset.tasks.Task, or a class of it"),
+    "no data": ({"data": 3}, {}, "data is an int: give an Arrow table"),
     "other outputs": ({"model": nn.Linear(4, 2)}, {}, r"given:Linear gave float32 \[2, 2\] for two inputs"),
-    "other task": ({"task": lambda: 3}, {"task.name": "auto"}, "made a int: it should be a raysubset.tasks.Task"),
+    "other task": ({"task": lambda: 3}, {"task.name": "auto"}, "made an int: it should be a raysubset.tasks.Task"),
     "independent": ({"model": net()}, INDEPENDENT, "subsets.start=independent draws new weights"),
     "perturbed": ({"model": net()}, {"fine_tuning.start": "shrink_perturb"}, "start=shrink_perturb draws new weights"),
 }
@@ -292,6 +293,11 @@ def test_what_cannot_stand_for_a_name_is_refused_in_a_line_before_ray(objects, o
         make_plan(config, load_full_set(*config.learned))
     assert "\n" not in str(caught.value)
     assert not held_objects().objects
+
+
+def test_settings_in_a_dict_are_refused_with_the_call_that_takes_them():
+    with pytest.raises(ValueError, match=r"^config is a dict: give a raysubset.Config, such as Config\(\).with_overr"):
+        run({"seed": 3})  # pyright: ignore[reportArgumentType]
 
 
 def test_a_config_that_names_an_object_asks_for_it_again():

@@ -205,10 +205,10 @@ def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[st
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return 3", "is a int: it should return an Arrow table, a pair"),
-        ("return images", "is a ndarray: it should return an Arrow table, a pair"),
-        ("return dict(trian=(images, labels))", "returned a split 'trian'.*did you mean train"),
-        ("return dict(test=(images, labels))", "returned no train split, only test"),
+        ("return 3", "is an int: give an Arrow table, a pair"),
+        ("return images", "is an ndarray: give an Arrow table, a pair"),
+        ("return dict(trian=(images, labels))", "has a split 'trian'.*did you mean train"),
+        ("return dict(test=(images, labels))", "has no train split, only test"),
         ("return images, labels[:5]", r"has 40 images but labels of shape \(5,\)"),
         (
             "return images, np.array([1, 'a'] * 20, dtype=object)",

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn import datasets
 
-from raysubset.config import DataConfig, TaskConfig
-from raysubset.data import columns, file_fingerprint, files, fitting, kind_of
+from raysubset.config import DataConfig, TaskConfig, kind_of
+from raysubset.data import columns, file_fingerprint, files, fitting
 from raysubset.data.columns import read_rows
 from raysubset.data.contents import unused_settings
 from raysubset.data.finding import find_files

@@ -25,7 +25,7 @@ from raysubset.cli import flags
 from raysubset.cli.live import telling
 from raysubset.cli.parsing import HELP, overview, parse, parse_command
 from raysubset.cli.screen import console_of, open_screen, print_sections, sections_of, visible
-from raysubset.config import Config, field_type, parse_value
+from raysubset.config import Config, field_type, parse_value, refuse_missing_data
 from raysubset.errors import CorruptFile, first_line, is_of_full_card, one_line
 from raysubset.events import OnEvent, Waiting
 from raysubset.uris import without_secrets
@@ -208,7 +208,7 @@ def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:
     """Return lists of values by dotted name, from --sizes 100 200 and --space minimize.learning_rate=0.05,0.1.
 
     Raises:
-        ValueError: for a field given twice or without values.
+        ValueError: for a field given twice or without values, or if there is none.
     """
     space: dict[str, list[Any]] = {"subsets.size": list(sizes)} if sizes else {}
     for text in fields:
@@ -219,6 +219,8 @@ def _space(sizes: Sequence[int], fields: Sequence[str]) -> dict[str, list[Any]]:
         if key in space:
             raise ValueError(f"--space {text}: {key} is given twice")
         space[key] = [parse_value(word, field_type(Config, key)) for word in values.split(",")]
+    if not space:
+        raise ValueError("there is nothing to sweep: give --sizes or --space field=value,value")
     return space
 
 
@@ -425,6 +427,8 @@ _WORK: Mapping[type[flags.Command], Callable[[Any], int | None]] = {
 
 
 def _do(command: flags.Command) -> int:
+    if isinstance(command, flags.OfConfig) and not isinstance(command, flags.Doctor | flags.Settings):
+        refuse_missing_data(command.config.data.name)  # at once: to import torch and Ray takes seconds
     return _WORK[type(command)](command) or DONE
 
 

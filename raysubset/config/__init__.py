@@ -8,7 +8,20 @@ A string after a field is its documentation and its `--help`.
 
 from raysubset.config.documentation import field_docs, show_fields
 from raysubset.config.files import read_config
-from raysubset.config.inputs import DATA_NAMES, EMBEDDED_NAMES, NUM_SUBSETS, DataConfig, ModelConfig, SubsetsConfig
+from raysubset.config.inputs import (
+    ARROW_SUFFIXES,
+    DATA_NAMES,
+    EMBEDDED_NAMES,
+    NUM_SUBSETS,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    DataConfig,
+    ModelConfig,
+    SubsetsConfig,
+    kind_of,
+    nothing_there,
+    refuse_missing_data,
+)
 from raysubset.config.minimizing import (
     WHOLE_SUBSET,
     AveragingConfig,

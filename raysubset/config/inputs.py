@@ -1,16 +1,22 @@
 """Settings of the data, the model and the subsets."""
 
 import math
+import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Annotated, Literal
 
-from raysubset.config.trees import Part
+from raysubset.config.trees import Part, nearest
 from raysubset.uris import holds_secret
 
 # Sets that come with scikit-learn and Python: of images, of columns, and of texts.
 EMBEDDED_NAMES = ("digits", "breast_cancer", "wine", "iris", "diabetes", "python_docs")
 DATA_NAMES = (*EMBEDDED_NAMES, "mnist", "fashion_mnist", "cifar10", "cifar100")
+
+ARROW_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
+TABLE_SUFFIXES = (*ARROW_SUFFIXES, ".csv", ".tsv")
+TEXT_SUFFIXES = (".txt",)
 
 # Default (width, depth). The CNN's keep Q of four subsets of digits, a quarter of the set each, above one (Q = 2.2).
 _MODEL_SIZES = {"cnn": (8, 2), "vgg": (8, 3), "cifar_resnet": (16, 20), "unet": (8, 2), "mlp": (64, 1)}
@@ -18,6 +24,46 @@ _MODEL_SIZES |= {"lstm": (64, 1), "transformer": (64, 2)}
 _NORMED = ("cnn", "vgg", "cifar_resnet", "unet")
 
 NUM_SUBSETS = 4  # that share the training set, if neither number nor size is given
+
+
+def kind_of(name: str) -> Literal["named", "function", "path"]:
+    """Return the kind of a data set's name.
+
+    Raises:
+        ValueError: for a name that is none of them.
+    """
+    if name in DATA_NAMES:
+        return "named"
+    if "://" not in name and "/" not in name and ":" in name:
+        return "function"
+    if (
+        "/" in name
+        or name.lower().endswith((*TABLE_SUFFIXES, *TEXT_SUFFIXES))
+        or os.path.exists(os.path.expanduser(name))
+    ):
+        return "path"
+    raise ValueError(
+        f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"
+        f"{nearest(name, DATA_NAMES)}"
+    )
+
+
+def refuse_missing_data(name: str) -> None:
+    """Refuse a name of no data set, and a path of this machine where nothing is. URIs and functions are not looked up.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if kind_of(name) == "path" and "://" not in name:
+        path = os.path.abspath(os.path.expanduser(name))
+        if not os.path.exists(path):
+            raise nothing_there(name, path)
+
+
+def nothing_there(name: str, path: str) -> ValueError:
+    """Return the error for a data set's name that is a path with no file or folder."""
+    hint = ": patterns are not followed, give the folder" if re.search(r"[*?\[]", path) else ": give the path of one"
+    return ValueError(f"data.name = {name}: there is no file or folder {path}{hint}")
 
 
 class DataConfig(Part, prefix="data."):

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from raysubset.config import DataConfig
+from raysubset.config import TABLE_SUFFIXES, DataConfig
 from raysubset.data.files import (
     describe_files,
     not_streamed,
@@ -16,7 +16,7 @@ from raysubset.data.files import (
     read_schema,
     refuse_other_formats,
 )
-from raysubset.data.finding import TABLE_SUFFIXES, DataFiles, find_files
+from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.image_columns import image_column, images_of, plain, with_full_paths
 from raysubset.data.images import EncodedImages
 from raysubset.data.layout import Placed, some

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, DataConfig, nearest
+from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, DataConfig, kind_of
 from raysubset.data.columns import is_of_columns
 from raysubset.data.files import named_images
-from raysubset.data.finding import TABLE_SUFFIXES, TEXT_SUFFIXES, DataFiles, find_files
+from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.full_set import FullSet
 from raysubset.data.listing import locate
 from raysubset.data.named import torchvision_files
@@ -71,28 +71,6 @@ def file_fingerprint(
     if files.kind == "tables" and not is_of_columns(files, config):
         paths += [posixpath.relpath(path, root) for path in named_images(files, config)]
     return _digests(files.system, root, paths, known)
-
-
-def kind_of(name: str) -> Literal["named", "function", "path"]:
-    """Return the kind of a data set's name.
-
-    Raises:
-        ValueError: for a name that is none of them.
-    """
-    if name in DATA_NAMES:
-        return "named"
-    if "://" not in name and "/" not in name and ":" in name:
-        return "function"
-    if (
-        "/" in name
-        or name.lower().endswith((*TABLE_SUFFIXES, *TEXT_SUFFIXES))
-        or os.path.exists(os.path.expanduser(name))
-    ):
-        return "path"
-    raise ValueError(
-        f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"
-        f"{nearest(name, DATA_NAMES)}"
-    )
 
 
 def unused_settings(config: DataConfig, kind: Kind) -> tuple[Note, ...]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raysubset.errors import with_article
 from raysubset.pulse import beat
 from raysubset.tasks import Task
 from raysubset.user_code.functions import in_a_line, load_function, misfit
@@ -69,7 +70,7 @@ class OwnAugmentation:
 def _described(rows: object) -> str:
     """Return "image torch.uint8 [64, 28, 28, 1], label torch.int64 [64]"."""
     if not isinstance(rows, Mapping):
-        return f"a {type(rows).__name__}"
+        return with_article(rows)
     kinds = {
         str(name): f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         for name, values in rows.items()

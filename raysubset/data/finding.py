@@ -12,7 +12,7 @@ from typing import Literal, TypeVar, get_args
 from PIL import Image, ImageFile
 from pyarrow import fs
 
-from raysubset.config import DataConfig, nearest
+from raysubset.config import ARROW_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, DataConfig, nearest, nothing_there
 from raysubset.data.csv_files import DELIMITERS
 from raysubset.data.layout import (
     Layout,
@@ -31,10 +31,6 @@ from raysubset.data.listing import list_folder, locate
 from raysubset.data.split import SplitName
 from raysubset.errors import first_line
 from raysubset.events import Note
-
-ARROW_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
-TABLE_SUFFIXES = (*ARROW_SUFFIXES, *DELIMITERS)
-TEXT_SUFFIXES = (".txt",)
 
 # Folders that systems leave behind: a Mac's file attributes, thumbnails, byte code, files recovered by disk checks.
 _LITTER = ("__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "system volume information")
@@ -138,10 +134,7 @@ def find_files(config: DataConfig) -> DataFiles:
     except OSError as error:
         raise ValueError(f"data.name = {config.name} cannot be reached: {first_line(error)}") from error
     if info.type == fs.FileType.NotFound:
-        hint = (
-            ": patterns are not followed, give the folder" if re.search(r"[*?\[]", root) else ": give the path of one"
-        )
-        raise ValueError(f"data.name = {config.name}: there is no file or folder {root}{hint}")
+        raise nothing_there(config.name, root)
     if info.type == fs.FileType.File:
         Ignored(config).refuse_unmatched([])
         kind = "tables" if root.lower().endswith(TABLE_SUFFIXES) else "texts"

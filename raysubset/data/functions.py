@@ -13,7 +13,7 @@ from raysubset.data.columns import read_columns
 from raysubset.data.finding import DataFiles, Ignored
 from raysubset.data.split import SplitName
 from raysubset.data.tables import Tables, holds_images, tables_in_memory
-from raysubset.errors import first_line
+from raysubset.errors import first_line, with_article
 from raysubset.events import Note
 from raysubset.tasks.columns import is_string
 from raysubset.user_code.functions import call_function
@@ -56,7 +56,7 @@ def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
             tables[name], num = (f"the {name} split of {origin(config)}", split), split.num_rows
         notes.append(Note(f"{name} split: {num} examples of {origin(config)}"))
     if tables and arrays:
-        text = f"{config.name} returned a table as its {', '.join(tables)} split and arrays as {', '.join(arrays)}"
+        text = f"{_shown_name(config)} has a table as its {', '.join(tables)} split and arrays as {', '.join(arrays)}"
         raise ValueError(f"{text}: give all splits alike")
     if arrays:
         image = None if ":" in task else config.image_column  # images of other sizes may be resized
@@ -96,7 +96,7 @@ def read_returned_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]],
     for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
         if not _is_text(value):
             raise ValueError(
-                f"{where} is a {type(value).__name__}: for --task next_token it should return a text, a list of texts, "
+                f"{where} is {with_article(value)}: for --task next_token give a text, a list of texts, "
                 "or a dict of splits of these"
             )
         texts[name] = [value] if isinstance(value, str) else [*value]
@@ -110,6 +110,11 @@ def origin(config: DataConfig) -> str:
     return "the data given" if is_given(config.name) else f"what {config.name} returned"
 
 
+def _shown_name(config: DataConfig) -> str:
+    """Return the data's name in messages: "data" for an object given as run(…, data=…)."""
+    return "data" if is_given(config.name) else config.name
+
+
 def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, str]]:
     """Return each split's value and its name in messages, train first. A result without splits is training data."""
     if _is_pair(returned) and (all(map(_is_pair_of_arrays, returned)) or all(map(_is_dataset, returned))):
@@ -117,16 +122,17 @@ def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, 
     ignored, names = Ignored(config), get_args(SplitName)
     if not isinstance(returned, Mapping) or (returned and not {*returned} & {*names} and _are_arrays(returned)):
         ignored.refuse_unmatched(())
-        return {"train": (returned, config.name)}
+        return {"train": (returned, _shown_name(config))}
     splits = ignored.chosen(returned)
     for name in splits:
         if name not in names:
             raise ValueError(
-                f"{config.name} returned a split {name!r}, not one of {', '.join(names)}{nearest(str(name), names)}"
+                f"{_shown_name(config)} has a split {name!r}, not one of {', '.join(names)}{nearest(str(name), names)}"
             )
     if "train" not in splits:
-        raise ValueError(f"{config.name} returned no train split, only {', '.join(splits)}")
-    return {name: (splits[name], f"{config.name}'s {name} split") for name in names if name in splits}
+        raise ValueError(f"{_shown_name(config)} has no train split, only {', '.join(splits)}")
+    shown = _shown_name(config)
+    return {name: (splits[name], f"{shown}'s {name} split") for name in names if name in splits}
 
 
 def _is_pair(value: Any) -> bool:
@@ -163,7 +169,7 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> pa.Tabl
     if _is_text(value):
         raise ValueError(f"{where} is text: use --task next_token to learn it")
     if not _is_pair(value):
-        raise ValueError(f"{where} is a {type(value).__name__}: it should return {_WANTED}")
+        raise ValueError(f"{where} is {with_article(value)}: give {_WANTED}")
     inputs, targets = (_array(part, where) for part in value)
     if not inputs.ndim or targets.shape[:1] != inputs.shape[:1]:
         raise ValueError(
@@ -217,18 +223,18 @@ def _refuse_unlike(
     arrays: Mapping[SplitName, Mapping[str, np.ndarray]], config: DataConfig, image: str | None = None
 ) -> None:
     """Refuse splits whose arrays differ in names, in the kind of their numbers, or in shape, except that of `image`."""
-    train = arrays["train"]
+    train, shown = arrays["train"], _shown_name(config)
     for split, other in arrays.items():
         if {*other} != {*train}:
             raise ValueError(
-                f"{config.name} gives {', '.join(train)} as train split and {', '.join(other)} as {split} split: "
+                f"{shown} gives {', '.join(train)} as train split and {', '.join(other)} as {split} split: "
                 "give all splits alike"
             )
         for name, array in train.items():
             is_same_shape = name == image or array.shape[1:] == other[name].shape[1:]
             if array.dtype.kind != other[name].dtype.kind or not is_same_shape:
                 raise ValueError(
-                    f"{name} of {config.name} is {_shown(array)} in the train split and {_shown(other[name])} in the "
+                    f"{name} of {shown} is {_shown(array)} in the train split and {_shown(other[name])} in the "
                     f"{split} split: give all splits alike"
                 )
 
@@ -264,7 +270,7 @@ def _stacked(dataset: Any, where: str) -> Any:
     ]
     unlike = next((number for number, row in enumerate(rows) if not row or [*row] != [*rows[0]]), None)
     if unlike is not None:
-        shown = f"a {type(items[unlike]).__name__}{f' with {[*rows[unlike]]}' if rows[unlike] else ''}"
+        shown = f"{with_article(items[unlike])}{f' with {[*rows[unlike]]}' if rows[unlike] else ''}"
         raise ValueError(
             f"item {unlike} of {where} is {shown}: all should be pairs (input, target), or dicts with the same names"
         )

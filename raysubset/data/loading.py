@@ -6,19 +6,18 @@ import time
 
 import pyarrow as pa
 
-from raysubset.config import DataConfig, TaskConfig
+from raysubset.config import TEXT_SUFFIXES, DataConfig, TaskConfig, kind_of
 from raysubset.data.columns import is_of_columns, read_tables
 from raysubset.data.contents import (
     Kind,
     array_fingerprint,
     digested_again,
     file_fingerprint,
-    kind_of,
     unused_settings,
 )
 from raysubset.data.examples import OwnAugmentation
 from raysubset.data.files import not_streamed, read_image_folders, read_texts
-from raysubset.data.finding import TEXT_SUFFIXES, DataFiles, find_files
+from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.fitting import of_arrays, of_images, of_tables, of_texts
 from raysubset.data.full_set import FullSet
 from raysubset.data.functions import read_returned, read_returned_texts, read_table_arrays

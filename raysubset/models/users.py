@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raysubset.errors import one_line
+from raysubset.errors import one_line, with_article
 from raysubset.models.properties import copied, generators_restored, num_parameters
 from raysubset.tasks import Spec
 from raysubset.user_code.functions import call_function, load_function
@@ -22,7 +22,7 @@ def users_network(name: str, spec: Spec) -> nn.Module:
     """
     model = unwrapped(call_function("model.name", name, *_arguments(name, load_function("model.name", name), spec)))
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{name} returned a {type(model).__name__}; it should return an nn.Module")
+        raise ValueError(f"{name} returned {with_article(model)}; it should return an nn.Module")
     model.to("cpu")
     if (key := next((key for key, parameter in model.named_parameters() if parameter.is_complex()), None)) is not None:
         raise ValueError(  # optimizers, means and statistics here are of real numbers
@@ -150,7 +150,7 @@ def _check_outputs(name: str, outputs: Any, num: int, spec: Spec, when: str) -> 
         hint = "join several by torch.cat, which the loss() of a task of your own takes apart"
         if when:
             hint = "as it does in evaluation mode: leave its auxiliary heads out, or wrap it"
-        raise ValueError(f"{name} gave a {type(outputs).__name__}{when}; it should give outputs [N, {shape}]: {hint}")
+        raise ValueError(f"{name} gave {with_article(outputs)}{when}; it should give outputs [N, {shape}]: {hint}")
     if outputs.shape != (num, *spec.outputs) or not outputs.is_floating_point():
         actual = f"{str(outputs.dtype).removeprefix('torch.')} {list(outputs.shape)}"
         examples, hint = f"two {_kind(spec)}s" if num == 2 else f"one {_kind(spec)}", ""

@@ -28,7 +28,11 @@ def idle_settings(config: Config) -> list[Note]:
     """
     values, defaults = flatten(config.to_dict()), flatten(Config().to_dict())
     tracking = (config.tracking.to == "none", "tracking", "project group", "no tracker follows the run (tracking.to)")
-    rows = [tracking, *_of_minimizing(config), *(_of_conventional if config.method == "conventional" else _of_stages)(config)]
+    rows = [
+        tracking,
+        *_of_minimizing(config),
+        *(_of_conventional if config.method == "conventional" else _of_stages)(config),
+    ]
     reasons = {f"{room}.{name}": reason for is_idle, room, names, reason in rows if is_idle for name in names.split()}
     return [
         Note(f"{key} = {values[key]} has no effect: {reason}", is_warning=True)

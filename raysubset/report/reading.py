@@ -1,5 +1,6 @@
 """Read the records of finished runs, comparisons' legs and sweeps' trials, or say how far an unfinished run is."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,8 +41,10 @@ def read_report(path: str) -> dict[str, Any]:
         if directory.exists(record_path):
             return directory.read_json(record_path) | {"uri": directory.uri}  # it may have been moved
     if not directory.exists(CONFIG_PATH):
-        reason = f"it has no {CONFIG_PATH}" if directory.exists("") else "nothing is there"
-        raise ValueError(f"{directory.uri} is no run directory: {reason}; give the path of one")
+        if not directory.exists(""):
+            raise ValueError(f"{directory.uri} is no run directory: nothing is there; give the path of one")
+        text = f"{directory.uri} is no run directory: it has no {CONFIG_PATH}; give the path of one, as listed by"
+        raise ValueError(f"{text} raysubset ls {shlex.quote(directory.uri)}")
     if (kind := config.get("kind")) in _PARTS:
         folder, files = _PARTS[kind]
         num = sum(path.endswith(files) for path in directory.list(folder, recursive=True))

@@ -68,7 +68,7 @@ def sweep(
     data: Any = None,
     model: Any = None,
     task: Any = None,
-    seeds: int | Sequence[int],
+    seeds: int | Sequence[int] = 3,
     num_samples: int = 1,
     scheduler: TrialScheduler | Literal["asha"] | None = None,
     on_event: OnEvent | None = None,

@@ -92,7 +92,7 @@ def plan_trials(
 def _settings(space: Mapping[str, Any], seed: int, num_samples: int) -> Iterator[dict[str, Any]]:
     """Yield the overrides of each setting, in the order of the lists."""
     if not space:
-        raise ValueError("there is nothing to sweep: give --sizes or --space field=value,value")
+        raise ValueError('there is nothing to sweep: give lists of values by name, as {"subsets.size": [100, 300]}')
     if num_samples < 1:
         raise ValueError(f"num_samples = {num_samples} must be at least 1")
     lists: dict[str, list[Any]] = {}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysubset.errors import with_article
 from raysubset.tasks.records import own_task
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import LossTask, Task, sums_of
@@ -28,7 +29,7 @@ def fit_own_task(name: str, train: Mapping[str, np.ndarray]) -> Task:
     task = own_task(name)
     with in_a_line("task.name", name):
         fitted = task.fit(train)
-    _need(task, isinstance(fitted, Task), f"fit() returned a {type(fitted).__name__}: it should return the task")
+    _need(task, isinstance(fitted, Task), f"fit() returned {with_article(fitted)}: it should return the task")
     vars(fitted)["name"] = name
     fitted.to_dict()  # refuses what model.json could not hold
     _try(fitted, {key: torch.from_numpy(np.array(values[:_NUM_TRIED])) for key, values in train.items()})
@@ -38,7 +39,7 @@ def fit_own_task(name: str, train: Mapping[str, np.ndarray]) -> Task:
 def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
     need, num = partial(_need, task), len(next(iter(rows.values())))
     spec = _called(task, "spec")
-    need(isinstance(spec, Spec), f"spec() returned a {type(spec).__name__}: it should be a raysubset.tasks.Spec")
+    need(isinstance(spec, Spec), f"spec() returned {with_article(spec)}: it should be a raysubset.tasks.Spec")
     pair = _called(task, "batch", rows, _called(task, "draw", num, 0))
     are_two = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
     need(are_two, f"batch() should return {_PAIR}: join several by torch.cat, for forward() or loss() to take apart")

@@ -6,6 +6,7 @@ from typing import Any
 
 from raysubset.config import from_tree
 from raysubset.config.trees import need
+from raysubset.errors import with_article
 from raysubset.tasks.classification import Classification
 from raysubset.tasks.columns import TableInputs
 from raysubset.tasks.inputs import ImageInputs, TensorInputs
@@ -80,7 +81,7 @@ def own_task(name: str, state: Mapping[str, Any] | None = None) -> Task:
     """
     task = call_function("task.name", name)
     if not isinstance(task, Task):
-        raise ValueError(f"task.name = {name!r} made a {type(task).__name__}: it should be a raysubset.tasks.Task")
+        raise ValueError(f"task.name = {name!r} made {with_article(task)}: it should be a raysubset.tasks.Task")
     vars(task).update(state or {})
     vars(task)["name"] = name
     return task

@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from raysubset.config import DataConfig
-from raysubset.data import TABLE_SUFFIXES, EncodedImages, decode, read_image_rows, read_rows
+from raysubset.config import TABLE_SUFFIXES, DataConfig
+from raysubset.data import EncodedImages, decode, read_image_rows, read_rows
 from raysubset.errors import first_line, listed
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs

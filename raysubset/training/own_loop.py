@@ -20,6 +20,7 @@ from torch import nn
 
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.data import Examples
+from raysubset.errors import with_article
 from raysubset.pulse import beat
 from raysubset.training.records import Cost, DivergedError, MinimizeResult, OnStep, Progress, num_steps_per_epoch
 from raysubset.user_code.functions import in_a_line, load_function, misfit
@@ -116,7 +117,7 @@ def minimize_by_own_loop(
         nonlocal failure
         try:
             if reported is not progress:
-                raise misfit(_FIELD, reference, f"called on_step() with a {type(reported).__name__}: give it progress")
+                raise misfit(_FIELD, reference, f"called on_step() with {with_article(reported)}: give it progress")
             if flaw := _flaw(progress, last_step):
                 raise misfit(_FIELD, reference, flaw)
             return report()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
+from raysubset.errors import with_article
 from raysubset.models import copied, generators_restored
 from raysubset.tasks import Task
 from raysubset.training.devices import mixed_precision
@@ -110,7 +111,7 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
 def _checked(pair: object, num: int, task: Task, reference: str) -> tuple[Tensor, Tensor]:
     """Return the loss and the outputs, after checking their kinds and shapes."""
     if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(part, Tensor) for part in pair):
-        kind = f"{len(pair)} values" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
+        kind = f"{len(pair)} values" if isinstance(pair, tuple | list) else with_article(pair)
         raise misfit(_FIELD, reference, f"returned {kind}: return two tensors, (loss summed over examples, outputs)")
     loss, outputs = pair
     if loss.ndim or not loss.is_floating_point() or not loss.requires_grad:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
-from raysubset.errors import listed
+from raysubset.errors import listed, with_article
 from raysubset.user_code.functions import call_function, misfit
 
 _FIELD = "minimize.optimizer"
@@ -28,7 +28,7 @@ def own_optimizer(model: nn.Module, recipe: MinimizeConfig) -> torch.optim.Optim
 def _flaw(optimizer: object, named: dict[str, nn.Parameter]) -> str | None:
     """Return what is wrong with the optimizer of the named parameters, and the way out; None if nothing is."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        return f"returned a {type(optimizer).__name__}: it should return a torch.optim.Optimizer"
+        return f"returned {with_article(optimizer)}: it should return a torch.optim.Optimizer"
     grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in named.items() if id(p) not in grouped]
     if missing:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 import pyarrow as pa
 
-from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, Config, DataConfig, Learned, flatten, shapes_result
-from raysubset.data import FullSet, file_fingerprint, kind_of, load_full_set
+from raysubset.config import DATA_NAMES, EMBEDDED_NAMES, Config, DataConfig, Learned, flatten, kind_of, shapes_result
+from raysubset.data import FullSet, file_fingerprint, load_full_set
 from raysubset.events import Note
 from raysubset.fingerprints import Identity
 from raysubset.user_code.given import given_fingerprint, is_given
