@@ -407,7 +407,7 @@ def test_bash_takes_the_line_that_the_manual_gives():
 
 
 def test_help_of_a_configs_class_has_its_fields_documentation():
-    text = pydoc.render_doc(MinimizeConfig, renderer=pydoc.plaintext)
+    text = pydoc.render_doc(MinimizeConfig, renderer=pydoc.plaintext)  # pyright: ignore[reportAttributeAccessIssue]
     assert "learning_rate: float | None = None" in text
     assert "for a curve; the cost is counted. By default never" in field_docs(MinimizeConfig)["validate_every"]
     assert field_docs(MinimizeConfig)["validate_every"].endswith("after each epoch anyway. At least 1.")
