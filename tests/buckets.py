@@ -1,5 +1,6 @@
 """A local S3 server, for tests whose storage is an object store."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ def bucket(path: str, secret: str = "secret") -> Iterator[str]:
     import boto3  # both take a second of a CPU, and each process of `pytest -n 2` collects all files
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # or it prints each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
