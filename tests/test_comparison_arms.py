@@ -15,6 +15,7 @@ from raysubset.aggregation import statistics_of
 from raysubset.cli import call
 from raysubset.comparison import advise, sizes_of
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
+from raysubset.comparison.checks import checked_arms, rates_set_aside
 from raysubset.comparison.network import Communication, Exchange, all_reduce_bytes, critical_bytes
 from raysubset.config import Config
 from raysubset.data import load_full_set
@@ -273,3 +274,34 @@ def test_advice_is_its_formula():
 def test_arms_are_told_apart_by_key():
     assert isinstance(parse_arm("H:rounds.num=4"), Arm)
     assert "rounds.num = 4" in parse_arm("H:rounds.num=4").title
+
+
+def test_a_stages_own_rate_is_told_to_be_set_aside_and_an_arm_may_have_it():
+    config = Config().with_overrides({"fine_tuning.learning_rate": 0.02})
+    assert [note.text.partition(":")[0] for note in rates_set_aside(config)] == [
+        "fine_tuning.learning_rate = 0.02 has no effect"
+    ]
+    assert not rates_set_aside(Config())
+    rates = {
+        key: arm_config(parse_arm(key), config, Settings(0.1, 64), seed=0, num_workers=2).stage("fine_tuning")
+        for key in ("H", "H:fine_tuning.learning_rate=0.02")
+    }
+    assert [recipe.learning_rate for recipe in rates.values()] == [0.1, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("arm", "why"),
+    [
+        ("G:trunk.epochs=2", "it has no trunk, which H has"),
+        ("D:rounds.num=4", "it has one subset and one round"),
+        ("B:subsets.num=8", "it has no stage of subsets"),
+        ("I:minimize.epochs=3", "it has no stage of subsets"),
+        ("H:conventional.epochs=3", "its budget gives its length"),
+    ],
+)
+def test_an_override_that_an_arm_would_ignore_is_refused(arm: str, why: str):
+    for key in ("H:trunk.epochs=2", "G:rounds.num=4", "D:subsets.num=8", "I:fine_tuning.sync_batch_norm=true"):
+        assert checked_arms(Config(), [0, 1], [2.0], ["B", "G", key], [0.1])
+    name = arm.partition(":")[2].partition("=")[0]
+    with pytest.raises(ValueError, match=rf"^arm {arm}: {name} has no effect in it: {why}$"):
+        checked_arms(Config(), [0, 1], [2.0], ["B", "G", arm], [0.1])

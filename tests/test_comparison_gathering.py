@@ -15,7 +15,6 @@ from raysubset.comparison.gathering import gather
 from raysubset.comparison.network import Exchange
 from raysubset.config import Config
 from raysubset.legs.leg import Leg, Start
-from raysubset.pipeline import session
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import comparison_sections
 from raysubset.run_directory import COMPARISON_PATH, RunDirectory
@@ -193,14 +192,9 @@ def test_arms_that_nobody_named_are_those_that_the_config_allows(overrides: Any,
             checks.checked_arms(config, [0, 1], [2.0], ["B", "G", key], rates)
 
 
-def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    task = SimpleNamespace(compares_examples=False)
-    full_set = SimpleNamespace(quality=R2, task=task, fingerprint=None)
-    monkeypatch.setattr(session, "load_full_set", lambda *learned, known: full_set)
+def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(tmp_path: Path):
     with pytest.raises(ValueError, match=r"how much worse in r2 may a model be .* give --margin"):
-        compare(Config(storage_path=str(tmp_path)))
+        compare(Config(storage_path=str(tmp_path)).with_overrides({"data.name": "diabetes"}))
     assert not ray.is_initialized()
     assert list(tmp_path.iterdir()) == []
 

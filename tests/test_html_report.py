@@ -611,7 +611,9 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert "Test accuracy over passes in total" in read.words
     few: dict[str, Any] = read_report(str(path.parents[1])) | {"seeds": [0, 1]}
     few["arms"].append({"key": "I:minimize.accumulation=2", "title": "", "role": "control", "points": []})
-    few["arms"][-1] |= {"settings": few["arms"][0]["settings"]}
+    few["arms"][-1] |= {"settings": few["arms"][0]["settings"], "overrides": {"minimize.accumulation": 2}}
+    told = "learning rate 0.4, batch 256, of 2 workers together (4 times what was tuned)"
+    assert any(told in str(line) for part in comparison_sections(few) for line in part.lines)
     assert any("--num-workers 2 --bandwidth" in str(line) for line in comparison_sections(few)[1].lines)
     few["verdicts"]["total"]["text"] = "G's speed-up is 1.01 (50% interval 0.95 to any)."
     assert str(comparison_sections(few)[0].lines[0]).endswith("confirmed. aggregate's speed-up is 1.01.")

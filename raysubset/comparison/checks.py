@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from raysubset.comparison.arms import ALL_ARMS, Arm, Settings, arm_config, parse_arm
-from raysubset.config import Config, check_number
+from raysubset.config import OF_SUBSET_PRETRAINING, Config, check_number
 from raysubset.events import Note
 from raysubset.planning.soundness import refuse_fresh_weights
 from raysubset.quality import ACCURACY, Quality
@@ -72,6 +72,20 @@ def usual_arms(config: Config, rate: float) -> tuple[list[str], list[Note]]:
     return arms, notes
 
 
+def rates_set_aside(config: Config) -> list[Note]:
+    """Return a warning for each stage's own learning rate: arm_config() gives all stages of an arm the tuned one."""
+    rates = {"trunk": config.trunk.learning_rate, "fine_tuning": config.fine_tuning.learning_rate}
+    reason = "a comparison tunes one rate for all stages of an arm; an arm of its own may have it, as"
+    return [
+        Note(
+            f"{stage}.learning_rate = {rate:g} has no effect: {reason} H:{stage}.learning_rate={rate:g}",
+            is_warning=True,
+        )
+        for stage, rate in rates.items()
+        if rate is not None
+    ]
+
+
 def unparted_arms(arms: Sequence[Arm], task_name: str, *, are_usual: bool) -> tuple[list[Arm], list[Note]]:
     """Return the arms without I, whose workers part the batches in which a task compares examples, and a note on it.
 
@@ -98,6 +112,8 @@ def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> 
         for name in arm.overrides:
             if name.partition(".")[0] in COMMON:
                 raise ValueError(f"{name} is the same for all arms: set it for the whole comparison")
+            if why := _without_effect(arm.letter, name):
+                raise ValueError(f"{name} has no effect in it: {why}")
         loop = settings.minimize.whole_loop
         if loop and arm.letter == "I":
             text = f"it is shared by several workers, and {loop} takes all examples in one process"
@@ -114,6 +130,18 @@ def _refuse_unfit(arm: Arm, config: Config, learning_rates: Sequence[float]) -> 
             arm_config(arm, config, Settings(rate, config.minimize.batch_size), seed=config.seed, num_workers=1)
     except ValueError as error:
         raise ValueError(f"arm {arm.key}: {error}") from error
+
+
+def _without_effect(letter: str, name: str) -> str:
+    """Return why an arm would ignore an override, as final_leg() and arm_config() draw it; "" if it does not."""
+    if name.startswith("conventional."):
+        return "its budget gives its length"
+    if letter in OF_SUBSETS:
+        if name.startswith("trunk.") and letter != "H":
+            return "it has no trunk, which H has"
+        return "it has one subset and one round" if name.startswith("rounds.") and letter in "DEF" else ""
+    is_of_workers = letter == "I" and name == "fine_tuning.sync_batch_norm"  # of any Ray Train job
+    return "" if is_of_workers or not name.startswith(OF_SUBSET_PRETRAINING) else "it has no stage of subsets"
 
 
 def checked_margin(margin: float | None, quality: Quality, data_name: str) -> float:

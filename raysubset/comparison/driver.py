@@ -6,7 +6,7 @@ from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, put_once, refuse_unplaceable
 from raysubset.comparison.arms import Settings, parse_arm
-from raysubset.comparison.checks import checked_arms, checked_margin, takes, unparted_arms, usual_arms
+from raysubset.comparison.checks import checked_arms, checked_margin, rates_set_aside, takes, unparted_arms, usual_arms
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import Comparison
@@ -107,7 +107,7 @@ def compare(
         arm: make_plan(config.with_overrides(dict(arm.overrides)), full_set) if arm.overrides else plan
         for arm in chosen_arms
     }
-    for note in (*notes, *places_notes(identity), *full_set.advice, *plan.advice):
+    for note in (*notes, *rates_set_aside(config), *places_notes(identity), *full_set.advice, *plan.advice):
         tell(note)
     with command.opened(identity, partial(_refuse_no_place, config)) as sessions:
         tell = sessions.checked(tell)
