@@ -22,28 +22,17 @@ class Pulse:
 
     num_beats: int = 0
     usual_s: float | None = None  # mean time between two beats without the first interval; None before the third
-    epoch: float | None = None  # of the current work, if it reports one
-    num_epochs: float | None = None
-    loss: float | None = None  # of the epoch so far
-    examples_per_s: float | None = None
 
 
 # Of this process, which does one piece of work at a time: the number of beats, and when the second and the last came.
 # Other threads read it, so each beat replaces it
 _beats: tuple[int, float, float] = (0, 0.0, 0.0)
-_standing: Callable[[], tuple[float | None, ...]] = tuple
 
 
 def begin() -> None:
     """Start counting beats for a new piece of work."""
     global _beats
     _beats = (0, 0.0, 0.0)
-
-
-def stand(standing: Callable[[], tuple[float | None, ...]]) -> None:
-    """Set the function that fills a pulse's epoch, num_epochs, loss and examples_per_s. pulse() calls it."""
-    global _standing
-    _standing = standing
 
 
 def beat() -> None:
@@ -57,7 +46,7 @@ def beat() -> None:
 def pulse() -> Pulse:
     """Return this process's pulse."""
     num, second_at, last_at = _beats
-    return Pulse(num, (last_at - second_at) / (num - 2) if num > 2 else None, *_standing())
+    return Pulse(num, (last_at - second_at) / (num - 2) if num > 2 else None)
 
 
 class Watch:

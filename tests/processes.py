@@ -207,8 +207,7 @@ def install(monkeypatch: pytest.MonkeyPatch, num_cpus: float = 4) -> Processes:
     processes = Processes(num_cpus)
     for module in (connecting, resources, tasks, crew, pool):
         monkeypatch.setattr(module, "ray", processes)
-    monkeypatch.setattr(worker, "ray", _of_worker(processes.get))
-    monkeypatch.setattr(worker, "published", lambda key: nullcontext())
+    monkeypatch.setattr(worker, "published", lambda key, reports: nullcontext())
     monkeypatch.setattr(auto_init_hook, "enable_auto_connect", False)  # else Ray starts where one of its calls is left
     monkeypatch.setattr(resources, "_published_groups", list)
     monkeypatch.setattr(resources, "_autoscaling_state", lambda: _NO_AUTOSCALER)
@@ -224,11 +223,6 @@ def install(monkeypatch: pytest.MonkeyPatch, num_cpus: float = 4) -> Processes:
 _NO_AUTOSCALER = SimpleNamespace(
     autoscaler_state_version=0, pending_instance_requests=(), pending_instances=(), failed_instance_requests=()
 )
-
-
-def _of_worker(get: Callable[[Any], Any]) -> Any:
-    """What a worker of Ray Train's local mode, which asks no cluster for anything, finds under the name ray."""
-    return SimpleNamespace(get=get, train=ray.train)
 
 
 def _serve(pipe: Any, build: bytes) -> None:

@@ -13,11 +13,12 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from raysubset.cluster import tasks
 from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.errors import CorruptFile
 from raysubset.events import Event, Retry
-from raysubset.fine_tuning import worker
+from raysubset.fine_tuning import streaming, worker
 from raysubset.fine_tuning.job import FineTuningFailed, Job
 from raysubset.fine_tuning.trainer import Attempts, WatchedTrainer, fit
 from raysubset.fine_tuning.worker import MistakeError, _may_pass
@@ -99,7 +100,8 @@ def test_a_damaged_file_that_a_worker_meets_is_the_drivers_to_have_made_again(di
         raise damage
 
     monkeypatch.setattr(worker, "_train", meet)
-    monkeypatch.setattr(worker, "published", lambda key: nullcontext())
+    monkeypatch.setattr(worker, "published", lambda key, reports: nullcontext())
+    monkeypatch.setattr(streaming, "own_address", lambda: "there")
     context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
     monkeypatch.setattr(worker, "ray", SimpleNamespace(train=SimpleNamespace(get_context=lambda: context)))
     job = replace(job_in(directory), workplace=SimpleNamespace(enter=lambda: None))
@@ -134,19 +136,20 @@ def job_in(directory: RunDirectory) -> Job:
 
 def test_workers_that_are_started_again_after_the_minimum_was_written_leave_it_as_it_is(directory, monkeypatch):
     """Ray Train starts all again if one is lost before the controller has heard that they are done."""
-    monkeypatch.setattr(worker, "ray", SimpleNamespace(get=lambda given: given))
-    monkeypatch.setattr(worker, "own_address", lambda: "there")
+    monkeypatch.setattr(tasks, "ray", SimpleNamespace(get=lambda given: given))
+    monkeypatch.setattr(streaming, "own_address", lambda: "there")
     config = Config().with_overrides({"trunk.epochs": 0.2})
     full_set = load_full_set(config.data)
     start, nothing = new_model(config.model, full_set, seed=1).state_dict(), cast(Any, None)
     job = Job(Piece(config, directory, "trunk", by_train=True, num_workers=1), [full_set], [start], 0.0, nothing)
-    worker._train(job, Shard())
+    minimizer = streaming.minimizer_on(job.full_set_ref, num_gpus=0.0, shard=Shard())
+    worker._train(job, minimizer, 0)
     record = job.piece.record()
     assert record is not None
-    worker._train(job, Shard())
+    worker._train(job, minimizer, 0)
     assert [work.outcome for work in Ledger(directory).read()] == ["done"]
     directory.delete("trunk/weights.safetensors")
-    worker._train(job, Shard())
+    worker._train(job, minimizer, 0)
     assert [work.outcome for work in Ledger(directory).read()] == ["done", "done"]
     assert job.piece.record()["files"] == record["files"]
 

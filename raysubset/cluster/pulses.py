@@ -1,14 +1,14 @@
 """Pulses of processes that answer no calls: published each second in Ray's control store, and read by the driver.
 
-with published(key): ...  # in the process that works
+with published(key, minimizer.reports): ...  # in the process that works
 for process in processes_at(key).values(): watch.hear(process.pulse, process.pid)  # in the process that watches
 """
 
-import json
+import pickle
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from os import getpid, kill
 from pathlib import Path
 from signal import SIGKILL
@@ -29,9 +29,10 @@ _KILL_S = 10.0  # seconds for a node to end a process
 
 @dataclass(frozen=True)
 class Process:
-    """A working process and the pulse that it last published."""
+    """A working process, and the pulse and reports that it last published."""
 
     pulse: Pulse
+    reports: Mapping[int, Any]  # work.Report by place in the pack; work takes too long to import here
     node: str  # its address, by which ledgers name nodes
     node_id: str
     pid: int
@@ -39,8 +40,11 @@ class Process:
 
 
 @contextmanager
-def published(key: str) -> Iterator[None]:
-    """Publish this process's pulse under the key for the length of the block. If the process dies, its pulse stays."""
+def published(key: str, reports: Callable[[], Mapping[int, Any]]) -> Iterator[None]:
+    """Publish this process's pulse and reports under the key for the length of the block.
+
+    If the process dies, they stay.
+    """
     context, group = ray.get_runtime_context(), ray.util.get_current_placement_group()
     place = (own_address(), context.get_node_id(), getpid(), group.id.hex() if group else "")
     stop = threading.Event()
@@ -49,7 +53,7 @@ def published(key: str) -> Iterator[None]:
     def publish() -> None:
         is_last = False
         while not is_last:
-            record = json.dumps(asdict(Process(pulse(), *place)))
+            record = pickle.dumps(Process(pulse(), reports(), *place))
             with suppress(RpcError):  # the control store may answer the next time
                 internal_kv._internal_kv_put(key, record, overwrite=True, namespace=_NAMESPACE)
             is_last = stop.wait(_EVERY_S)
@@ -69,9 +73,7 @@ def processes_at(prefix: str) -> dict[str, Process]:
     processes = {}
     for key in sorted(internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)):
         if record := internal_kv._internal_kv_get(key, namespace=_NAMESPACE):
-            values = json.loads(record)
-            name = key.decode().removeprefix(prefix)
-            processes[name] = Process(Pulse(**values.pop("pulse")), **values)
+            processes[key.decode().removeprefix(prefix)] = pickle.loads(record)
     return processes
 
 

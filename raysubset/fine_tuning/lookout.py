@@ -21,7 +21,7 @@ from raysubset.cluster import (
     processes_at,
     remove_groups,
 )
-from raysubset.events import Attempt, Note, OnEvent, Progress, Retry, Waiting
+from raysubset.events import Attempt, Note, OnEvent, Retry, Waiting
 from raysubset.fine_tuning.job import Job
 from raysubset.pulse import Pulse, Watch
 
@@ -97,15 +97,10 @@ class TrainLookout:
 
     def _tell_progress(self, rank: int, process: Process) -> None:
         """Report a worker's position within the epoch, once it has made a step."""
-        pulse, stage = process.pulse, self._piece.stage
-        if pulse.epoch is None or pulse.num_epochs is None or pulse.examples_per_s is None:
-            return
-        loss_text = "" if pulse.loss is None else f", loss {pulse.loss:.4f}"
-        text = f"{self._piece.label}, worker {rank}: epoch {pulse.epoch:.1f} of {pulse.num_epochs:g}{loss_text}"
         names = self._piece.directory.name, self._piece.label
-        attempt = Attempt(stage, 0, None, 0, process.node_id, process.node, process.pid, *names)
-        numbers = (pulse.epoch, pulse.num_epochs, None, pulse.examples_per_s, pulse.loss)
-        self._tell(Progress(f"{text}, {pulse.examples_per_s:,.0f} examples/s", attempt, *numbers, worker=rank))
+        attempt = Attempt(self._piece.stage, 0, None, 0, process.node_id, process.node, process.pid, *names)
+        for report in process.reports.values():
+            self._tell(report.event(attempt, worker=rank))
 
     def _wait_for_places(self, now: float) -> None:
         if now - self._notice_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:

@@ -12,15 +12,18 @@ And read_parquet yields no row numbers, so that validation rows carved from the 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import ray
 
-from raysubset.cluster import OUTSIDE_GROUPS, num_slots, object_store_bytes
+from raysubset.cluster import OUTSIDE_GROUPS, get_shared, num_slots, object_store_bytes, own_address
 from raysubset.config import Config
-from raysubset.data import StreamedExamples, StreamedSplit, cut_ranges, read_here
+from raysubset.costs import count_bytes
+from raysubset.data import FullSet, StreamedExamples, StreamedSplit, cut_ranges, read_here
 from raysubset.training import Shard
+from raysubset.work import Minimizer
 
 READER_CPUS = 1  # CPUs of a reading task
 PIECE_BYTES = 2**24  # bytes of tensors that one task reads, unless a row group is larger
@@ -48,6 +51,19 @@ def refuse_without_readers(config: Config, stage: str, *, num_workers: int) -> N
         f"{needed} CPUs; this cluster can have {total}: use fewer workers (--fine-tuning.num-workers, "
         f"--trunk.num-workers), or on a machine of your own --cluster.num-cpus={needed}, which share its cores"
     )
+
+
+def minimizer_on(full_set_ref: Sequence[ray.ObjectRef], *, num_gpus: float, shard: Shard) -> Minimizer:
+    """Return this process's minimizer on the full set that was put, which it fetches once and counts as moved."""
+
+    @cache
+    def load_full_set() -> FullSet:
+        full_set: FullSet = get_shared(full_set_ref)
+        count_bytes(full_set.num_bytes)
+        return full_set
+
+    stream = partial(read_by_ray_data, full_set_ref=full_set_ref, shard=shard)
+    return Minimizer(load_full_set, num_gpus=num_gpus, node=own_address(), stream=stream, shard=shard)
 
 
 def read_by_ray_data(

@@ -1,19 +1,15 @@
 """A Ray Train worker: a Minimizer that does its share of each batch. Rank 0 writes ledger, history and result."""
 
-import math
-from functools import partial
 from typing import Any
 
-import ray
 import ray.train
 import torch
 
-from raysubset.cluster import own_address, published
+from raysubset.cluster import get_shared, own_address, published
 from raysubset.costs import count_bytes
 from raysubset.errors import CorruptFile, one_line
 from raysubset.fine_tuning.job import Job
-from raysubset.fine_tuning.streaming import read_by_ray_data
-from raysubset.pulse import stand
+from raysubset.fine_tuning.streaming import minimizer_on
 from raysubset.run_directory import left_out_path
 from raysubset.run_directory.ledger import Ledger
 from raysubset.training import DivergedError, LeftOutError, Shard
@@ -38,9 +34,10 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     context, job = ray.train.get_context(), settings["job"]
     shard = Shard(context.get_world_rank(), context.get_world_size())
     job.workplace.enter()
+    minimizer = minimizer_on(job.full_set_ref, num_gpus=job.num_gpus, shard=shard)
     try:
-        with published(f"{settings['pulses']}/{shard.rank:05d}"):
-            _train(job, shard)
+        with published(f"{settings['pulses']}/{shard.rank:05d}", minimizer.reports):
+            _train(job, minimizer, shard.rank)
     except DivergedError as error:  # all workers raise it at the same step, because they share losses and weights
         return one_line(error)
     except LeftOutError:
@@ -74,26 +71,15 @@ def _may_pass(error: Exception) -> bool:
 _WORDS_OF_CONNECTIONS = ("gloo", "nccl", "connection", "socket", "timed out", "timeout", "peer")
 
 
-def _train(job: Job, shard: Shard) -> None:
+def _train(job: Job, minimizer: Minimizer, rank: int) -> None:
     if job.piece.record() is not None:  # of a group that Ray Train started again, as a node died at its very end
         return
-    full_set, start = ray.get(job.full_set_ref[0]), ray.get(job.start_ref[0])
-    count_bytes(full_set.num_bytes + sum(tensor.nbytes for tensor in start.values()))
-    stream = partial(read_by_ray_data, full_set_ref=job.full_set_ref, shard=shard)
-    node = own_address()
-    minimizer = Minimizer(lambda: full_set, num_gpus=job.num_gpus, node=node, stream=stream, shard=shard)
-    stand(partial(_standing, minimizer))
+    minimizer.load_full_set()
+    start = get_shared(job.start_ref)
+    count_bytes(sum(tensor.nbytes for tensor in start.values()))
     attempt = 0  # which no other worker than the first uses
-    if shard.rank == 0:
+    if rank == 0:
         ledger = Ledger(job.piece.directory)
         ledger.close_lost()  # nothing else runs during a Ray Train stage: an open entry is of a dead group
         attempt = ledger.next_attempt(job.piece.stage, 0)
     minimizer.minimize([job.piece], start, attempts=[attempt], waited_s=0.0)
-
-
-def _standing(minimizer: Minimizer) -> tuple[float | None, ...]:
-    """Return the numbers of a pulse: epoch, number of epochs, this worker's loss so far, and its examples a second."""
-    for report in minimizer.reports().values():
-        loss = report.running_loss if math.isfinite(report.running_loss) else None
-        return report.epoch, report.num_epochs, loss, report.examples_per_s
-    return ()

@@ -4,8 +4,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -13,9 +13,8 @@ import torch
 
 from raysubset.cluster import get_shared, own_address
 from raysubset.costs import count_bytes, taken_bytes
-from raysubset.data import FullSet
 from raysubset.errors import note_place
-from raysubset.fine_tuning.streaming import read_by_ray_data
+from raysubset.fine_tuning.streaming import minimizer_on
 from raysubset.pulse import Pulse, begin, pulse
 from raysubset.run_directory import RunDirectory
 from raysubset.training import DivergedError, Shard, Weights, card_bytes
@@ -23,7 +22,6 @@ from raysubset.user_code.source_files import Workplace
 from raysubset.work import (
     AggregatePiece,
     AnyPiece,
-    Minimizer,
     Piece,
     Report,
     TestPiece,
@@ -57,10 +55,8 @@ class SubsetActor:
         """Enter the driver's workplace and load nothing yet."""
         workplace.enter()
         self._num_gpus = num_gpus
-        self._load_full_set: Callable[[], FullSet] = cache(partial(_fetched_full_set, full_set_ref))
         self._start_id = ""  # of the start weights that this process fetched last
-        stream = partial(read_by_ray_data, full_set_ref=full_set_ref, shard=Shard(0, 1))
-        self._minimizer = Minimizer(self._load_full_set, num_gpus=num_gpus, node=own_address(), stream=stream)
+        self._minimizer = minimizer_on(full_set_ref, num_gpus=num_gpus, shard=Shard())
         self._damages = _Damages()
         signal.signal(signal.SIGTERM, self._heed_signal)
 
@@ -132,7 +128,8 @@ class SubsetActor:
         if isinstance(piece, TrialPiece):
             return [self._minimizer.try_packing(piece, attempt=attempt)]
         begin()
-        full_set, place = self._load_full_set(), {"node": own_address(), "waited_s": waited_s, "attempt": attempt}
+        full_set = self._minimizer.load_full_set()
+        place = {"node": own_address(), "waited_s": waited_s, "attempt": attempt}
         if isinstance(piece, AggregatePiece):
             networks = self._minimizer.networks
             return [leave_aggregate(full_set, self._num_gpus, piece, start, networks=networks, **place)[1]]
@@ -142,9 +139,3 @@ class SubsetActor:
         work = (full_set, self._num_gpus, piece.config, piece.directory, piece.of.weights())
         metrics, files = leave_test(*work, **place)
         return [{"metrics": metrics.to_dict(), "files": files}]
-
-
-def _fetched_full_set(full_set_ref: Sequence[ray.ObjectRef]) -> FullSet:
-    full_set: FullSet = get_shared(full_set_ref)
-    count_bytes(full_set.num_bytes)
-    return full_set

@@ -3,7 +3,6 @@
 Ray Train jobs of several workers are pieces of work too. They take the whole cluster, so each has it to itself.
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from ray.exceptions import RayTaskError
 from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, describe, draining_nodes, put_once
 from raysubset.costs import Cost
 from raysubset.errors import ChangedFile, one_line
-from raysubset.events import Attempt, Note, Progress, Retry, Start, Waiting
+from raysubset.events import Attempt, Note, Retry, Start, Waiting
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.pulse import Watch
 from raysubset.run_directory import CorruptFile, checkpoint_path
@@ -306,14 +305,7 @@ class ActorPool:
             return
         slot.watch.hear(pulse)
         for place, report in slot.reports.items():
-            epochs = f"epoch {report.epoch:.1f} of {report.num_epochs:g}"
-            losses = (report.loss, report.running_loss)
-            loss, running_loss = (number if math.isfinite(number) else None for number in losses)
-            loss_text = "" if running_loss is None else f", loss {running_loss:.4f}"
-            label = slot.pack.pieces[place].label
-            text = f"{label}: {epochs}{loss_text}, {report.examples_per_s:,.0f} examples/s"
-            numbers = (report.epoch, report.num_epochs, loss, report.examples_per_s, running_loss)
-            self._tell(Progress(text, _attempt(slot, place), *numbers))
+            self._tell(report.event(_attempt(slot, place)))
 
 
 def _outcomes(backlog: Backlog, piece: AnyPiece, result: Outcome) -> list[Done]:

@@ -21,12 +21,12 @@ from raysubset.work.pieces import (
     AnyPiece,
     Output,
     Piece,
-    Report,
     TestPiece,
     TrialPiece,
     perturbed,
     zeros_of,
 )
+from raysubset.work.reports import Report
 from raysubset.work.run import Run
 from raysubset.work.spans import round_spans
 from raysubset.work.starting import (

@@ -56,7 +56,8 @@ from raysubset.training import (
     use_device,
 )
 from raysubset.work.networks import Networks
-from raysubset.work.pieces import Piece, Report, TrialPiece
+from raysubset.work.pieces import Piece, TrialPiece
+from raysubset.work.reports import Report
 from raysubset.work.starting import fixed_weights, seeded_model, unchanged_names
 from raysubset.work.trained import distillation_of, evaluate_together, leave_trained, leaves_out
 
@@ -122,7 +123,7 @@ class Minimizer:
             shard: this worker's share of the work; None: all of it.
         """
         self._shard = shard or Shard()
-        self._load_full_set, self._num_gpus, self._node, self._stream = load_full_set, num_gpus, node, stream
+        self.load_full_set, self._num_gpus, self._node, self._stream = load_full_set, num_gpus, node, stream
         self.networks = Networks()
         self._optimizers: dict[tuple[str, str], tuple[dict[str, Any], int]] = {}  # by file, and their sizes in bytes
         self._progress: Mapping[int, Progress] = {}  # by place in the current pack
@@ -173,7 +174,7 @@ class Minimizer:
             self._write(work)
         jobs: list[_Job] = []
         try:
-            start = pieces[0].start_weights(self._load_full_set()) if start is None else start
+            start = pieces[0].start_weights(self.load_full_set()) if start is None else start
             for place_in_pack, (piece, work) in enumerate(zip(pieces, works, strict=True)):
                 begin = None if start is None else piece.moved_on(start)
                 jobs.append(self._prepare(piece, begin, work, device, place_in_pack))
@@ -253,7 +254,7 @@ class Minimizer:
         self, piece: Piece, start: Weights | None, device: torch.device, place_in_pack: int
     ) -> tuple[torch.nn.Module, Examples | StreamedExamples]:
         """Return the piece's model and examples on the device."""
-        config, full_set = self._config, self._load_full_set()
+        config, full_set = self._config, self.load_full_set()
         if start is None:
             model = seeded_model(config, full_set, piece.start_id)
             model = place(model, device, channels_last=config.minimize.channels_last)
@@ -308,7 +309,7 @@ class Minimizer:
         That is what they fetch at the start, the weights that the first gives the others, and a ring all-reduce per
         step: an upper bound if minimize.skipping freezes weights. Sums that are shared, a few numbers, are left out.
         """
-        recipe, full_set = self._config.stage(piece.stage), self._load_full_set()
+        recipe, full_set = self._config.stage(piece.stage), self.load_full_set()
         self._shard = replace(self._shard, leaves_out=leaves_out(piece, model, recipe, full_set, self._shard))
         num_others, num_weights = self._shard.num - 1, sum(tensor.nbytes for tensor in model.state_dict().values())
         self._start_bytes = num_others * (full_set.num_bytes + 2 * num_weights + num_fetched_bytes)
@@ -350,7 +351,7 @@ class Minimizer:
         (job,) = jobs
         validation = None
         if recipe.optimizer in WHOLE_SUBSET and recipe.patience_or_default():
-            validation = self._load_full_set().examples("validation", device=job.examples.device)
+            validation = self.load_full_set().examples("validation", device=job.examples.device)
 
         def on_step(progress: Progress) -> bool | str:
             outcome = job.watch.look(progress) if job.watch else None
@@ -367,7 +368,7 @@ class Minimizer:
             optimizer_state=job.optimizer_state,
             schedule_span=first.schedule_span,
             shard=self._shard,
-            distillation=distillation_of(first, self._load_full_set(), job.examples.device),
+            distillation=distillation_of(first, self.load_full_set(), job.examples.device),
             validation=validation,
             on_step=on_step,
         )
@@ -379,7 +380,7 @@ class Minimizer:
 
     def _watch(self, job: _Job) -> ValidationWatch | None:
         """Return a watch of validation data at epochs' ends if the recipe requests one, as all of Ray Train's do."""
-        recipe, piece, shard, full_set = job.recipe, job.piece, self._shard, self._load_full_set()
+        recipe, piece, shard, full_set = job.recipe, job.piece, self._shard, self.load_full_set()
         if not (piece.by_train or recipe.validate_every or recipe.watched_patience()):
             return None
         num = len(full_set.validation)
@@ -458,7 +459,7 @@ class Minimizer:
         if result.outcome == "stopped":
             self._close(job.work, "preempted" if self._preempted else "interrupted", cost + shared)
             return None
-        full_set, device = self._load_full_set(), job.examples.device
+        full_set, device = self.load_full_set(), job.examples.device
         if piece.by_train:
             assert job.watch is not None
             shard, syncs = self._shard, self._syncs_batch_norm(device)

@@ -27,7 +27,7 @@ from raysubset.run_directory import (
 )
 from raysubset.run_directory.ledger import Stage
 from raysubset.run_directory.recent import RECENT
-from raysubset.training import MEASURES, Cost, Measure, Metrics, Progress, Weights
+from raysubset.training import MEASURES, Cost, Measure, Metrics, Weights
 from raysubset.work.cutting import cut_subsample, cut_subsets
 from raysubset.work.starting import random_model, seeded_model
 
@@ -354,24 +354,3 @@ def perturbed(config: Config, full_set: FullSet, weights: Weights) -> Weights:
     return shrink_perturb(
         weights, fresh.state_dict(), shrink=tuning.shrink, perturb=tuning.perturb, parameter_names=names
     )
-
-
-@dataclass(frozen=True)
-class Report:
-    """The progress of an actor's current work."""
-
-    epoch: float
-    num_epochs: float
-    loss: float  # of the last complete epoch
-    running_loss: float  # of the epoch so far; NaN before its first step
-    examples_per_s: float
-    cost: Cost
-
-    @classmethod
-    def of(cls, progress: Progress) -> "Report":
-        """Return the report of a minimization's progress, which may go on meanwhile."""
-        cost = progress.cost
-        per_s = cost.num_forward / max(cost.device_s, 1e-9)
-        num_epochs = progress.num_steps / progress.num_steps_per_epoch
-        losses = (progress.loss, progress.running_loss())
-        return cls(progress.epoch, num_epochs, *losses, per_s, cost)
