@@ -13,7 +13,7 @@ from raysubset.comparison.running import Comparison
 from raysubset.comparison.tuning import LEARNING_RATES, MOST_BEYOND
 from raysubset.config import Config, Learned, check_number
 from raysubset.data import FullSet
-from raysubset.events import Note, OnEvent, Waiting
+from raysubset.events import OnEvent, Waiting
 from raysubset.objects_in_hand import accepts_objects
 from raysubset.pipeline.run_report import environment
 from raysubset.pipeline.session import Command
@@ -80,9 +80,7 @@ def compare(
     """
     command = Command("comparison", config, on_event, fresh=fresh, accept_changed_code=accept_changed_code)
     directory, tell = command.directory, command.tell
-    if isinstance(seeds, int):
-        check_number("--seeds", seeds, "[0, 1000]")
-        seeds = range(config.seed, config.seed + seeds)
+    seeds = command.chosen_seeds(seeds, least=0)
     own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
     usable = (rate for rate in own_rates if takes(parse_arm("B"), config, Settings(rate, config.minimize.batch_size)))
     rates = sorted(set(learning_rates or usable))
@@ -128,20 +126,9 @@ def compare(
         with comparison.runner:
             settings = comparison.tune()
             finals = comparison.finish(settings)
-        record = {
-            "kind": "comparison",
-            "name": directory.name,
-            "uri": directory.uri,
-            "config": command.shown_config,
-            "environment": environment(),
-            **gather(comparison, finals, settings, margin=margin, bandwidth=bandwidth),
-        }
-        sessions.write()
-        record["seconds"] = sessions.seconds()
-        directory.write_json(COMPARISON_PATH, record)
-        record = directory.read_json(COMPARISON_PATH)
+        gathered = gather(comparison, finals, settings, margin=margin, bandwidth=bandwidth)
+        record = command.leave(COMPARISON_PATH, {"environment": environment(), **gathered}, sessions)
         track_comparison(config, directory, record, tell)
-    tell(Note(f"report: {directory.uri}"))
     return ComparisonReport.from_dict(record)
 
 

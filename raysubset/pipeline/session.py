@@ -3,13 +3,13 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, Literal, Self
 
 from raysubset.cluster import connected, reached
-from raysubset.config import Config, Learned
+from raysubset.config import Config, Learned, check_number
 from raysubset.data import FullSet, load_full_set
 from raysubset.errors import first_line
 from raysubset.events import Event, Note, OnEvent, Stage
@@ -142,6 +142,17 @@ class Command:
             text = f"cannot read {self.directory.uri}: {first_line(error)}; choose another --storage-path"
             raise ValueError(text) from error
 
+    def chosen_seeds(self, seeds: int | Sequence[int], *, least: int) -> Sequence[int]:
+        """Return the seeds themselves, if `seeds` is their number, from the config's seed on.
+
+        Raises:
+            ValueError: if the number is below `least` or above 1000.
+        """
+        if not isinstance(seeds, int):
+            return seeds
+        check_number("--seeds", seeds, f"[{least}, 1000]")
+        return range(self.config.seed, self.config.seed + seeds)
+
     def tell_finished(self, configs: Iterable[Config], full_sets: dict[Learned, FullSet]) -> None:
         """Say that there is nothing to do.
 
@@ -198,3 +209,11 @@ class Command:
                 code = {name: table for name, table in identity.code.items() if not is_given(name)}
                 with sessions, held_code(code), connected(self.config.cluster, sessions.checked(tell)):
                     yield sessions
+        tell(Note(f"report: {directory.uri}"))
+
+    def leave(self, path: str, record: dict[str, Any], sessions: Sessions) -> dict[str, Any]:
+        """Write the report of a sweep or comparison, headed by what it is of. Return it as the file holds it."""
+        head = {"kind": self.kind, "name": self.directory.name, "uri": self.directory.uri, "config": self.shown_config}
+        sessions.write()
+        self.directory.write_json(path, head | record | {"seconds": sessions.seconds()})
+        return self.directory.read_json(path)

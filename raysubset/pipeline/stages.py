@@ -131,7 +131,6 @@ def run(
         record["files"][RESULT_PATH] = directory.write_json(RESULT_PATH, result)
         directory.write_json(REPORT_PATH, record)
         Ledger(directory).compact()
-    tell(Note(f"report: {directory.uri}"))
     return RunReport.from_dict(record)
 
 

@@ -21,13 +21,13 @@ _NOT_OF_BASELINE = (
 def command(config: Mapping[str, Any], verb: str = "run", *options: str) -> str:
     """Return `raysubset run`, or another verb with its options, with the flags that give this Config.to_dict().
 
-    Fields that the config leaves out have their defaults.
+    Fields that the config leaves out have their defaults. The kind, of a sweep or comparison, is no field.
     """
     defaults = flatten(Config().to_dict())
     words = ["raysubset", verb, *options]
     for key, value in flatten(of_now(config)).items():
         is_default_place = key == "storage_path" and value == os.path.expanduser(defaults[key])  # as runs record it
-        if value != defaults.get(key) and not is_default_place:
+        if key != "kind" and value != defaults.get(key) and not is_default_place:
             words += _flag(key, value)
     return shlex.join(words)
 

@@ -145,8 +145,7 @@ def _command(record: Record) -> str:
         options += ["--num-workers", str(regime["num_workers"])]
     if speed := regime.get("gbit_per_s"):  # records of earlier versions have none
         options += ["--bandwidth", exactly(speed)]
-    config = {key: value for key, value in config.items() if key != "kind"} | {"seed": min(seeds)}
-    return command(config, "compare", *options)
+    return command(config | {"seed": min(seeds)}, "compare", *options)
 
 
 def _points(record: Record) -> Section:

@@ -48,7 +48,7 @@ def sweep_command(record: Record, config: Record) -> Command:
     if tracking["group"] == record["name"]:  # sweep() has set it
         tracking = tracking | {"group": None}
     changes = {"seed": min(record["seeds"]), "tracking": tracking}
-    return Command(command({key: value for key, value in config.items() if key != "kind"} | changes, "sweep", *options))
+    return Command(command({**config, **changes}, "sweep", *options))
 
 
 def _settings(record: Record) -> Section:

@@ -22,7 +22,7 @@ from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from raysubset.cluster import num_gpus_of, num_slots, put_once, workplace
-from raysubset.config import ActorsConfig, Config, Learned, check_number
+from raysubset.config import ActorsConfig, Config, Learned
 from raysubset.data import FullSet
 from raysubset.errors import one_line
 from raysubset.events import Note, OnEvent, Stage, TrialReport, Waiting
@@ -104,9 +104,7 @@ def sweep(
     directory, tell = command.directory, command.tell
     if config.tracking.names():
         config = command.config = config.with_overrides({"tracking.group": config.tracking.group or directory.name})
-    if isinstance(seeds, int):
-        check_number("--seeds", seeds, "[1, 1000]")
-        seeds = range(config.seed, config.seed + seeds)
+    seeds = command.chosen_seeds(seeds, least=1)
     places = {"storage_path": directory.below("trials"), "baseline": baseline}
     trials = plan_trials(config, space, seeds=seeds, num_samples=num_samples, **places)
     configs = [trial.config for trial in trials]
@@ -157,20 +155,14 @@ def sweep(
         callback = _TrialEvents(tell, standing)
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, callback=callback)
         record = {
-            "kind": "sweep",
-            "name": directory.name,
-            "uri": directory.uri,
-            "config": command.shown_config,
             "task": task_record(full_sets[trials[0].config.learned]),
             "seeds": list(seeds),
             **_gather(trials, space, errors, quality, losses),
             "cost": _total_cost(trials, passes),
             "at_once": {"trials": at_once, "slots_each": slots_each},
         }
-        sessions.write()
-        directory.write_json(SWEEP_PATH, record | {"seconds": sessions.seconds()})
-    tell(Note(f"report: {directory.uri}"))
-    return SweepReport.from_dict(directory.read_json(SWEEP_PATH))
+        record = command.leave(SWEEP_PATH, record, sessions)
+    return SweepReport.from_dict(record)
 
 
 def _refuse_no_place(trials: Sequence[Trial], directory: RunDirectory | None) -> None:
