@@ -16,7 +16,7 @@ import pytest
 from rich import console
 
 import raysubset
-from raysubset.cli import call, parse_config, run_job
+from raysubset.cli import call, run_job
 from raysubset.cli.flags import COMMANDS
 from raysubset.cli.live import shown
 from raysubset.cli.screen import print_sections
@@ -26,6 +26,7 @@ from raysubset.pipeline.run_report import RunReport
 from raysubset.report import Command, Section, sections
 from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
 from tests.test_report import a_record
+from tests.tiny import parse_config
 
 # isort: split
 import ray

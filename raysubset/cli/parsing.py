@@ -10,7 +10,7 @@ from dataclasses import MISSING
 from itertools import groupby
 from typing import Any, NoReturn
 
-from raysubset.cli.flags import COMMANDS, COMMON, Command, Flag, OfConfig, Run, flags_of
+from raysubset.cli.flags import COMMANDS, COMMON, Command, Flag, OfConfig, flags_of
 from raysubset.config import Config, nearest, read_config
 
 HELP = ("-h", "--help", "--help-all")
@@ -27,15 +27,6 @@ _SHORT = {"--task": "--task.name", "--start-from": "--model.weights", "--profile
 _WIDEST = 110  # most columns of help
 _FLAG = 38  # most of them for a flag and its value beside their documentation
 _CHOICES = 20  # most characters of a value's choices in a one-line help
-
-
-def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> Config:
-    """Return the config that the flags of `raysubset run` give.
-
-    Raises:
-        ValueError: for a mistake in the flags, in one line.
-    """
-    return parse(Run, arguments, default or Config(), prog="raysubset run").config
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
