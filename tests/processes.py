@@ -4,6 +4,8 @@ seconds that each of Ray's own actors takes to start. Tests of Ray itself, of Ra
 Actors die of real signals and leave real files. They are raysubset's own SubsetActors.
 """
 
+# pyright: reportPrivateImportUsage=false
+
 import itertools
 import multiprocessing
 import os

@@ -25,8 +25,8 @@ from raysubset.events import Event, Note, OnEvent
 from raysubset.pipeline.run_report import RunReport
 from raysubset.report import Command, Section, sections
 from raysubset.run_directory import REPORT_PATH, Lease, RunDirectory
+from tests.flags import parse_config
 from tests.test_report import a_record
-from tests.tiny import parse_config
 
 # isort: split
 import ray

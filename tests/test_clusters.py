@@ -205,7 +205,7 @@ def test_what_the_image_copies_exists():
 
 
 def test_entrypoints_are_jobs_with_flags_that_they_know():
-    from tests.tiny import parse_config
+    from tests.flags import parse_config
 
     python, script, *flags = shlex.split(manifest("rayjob")["spec"]["entrypoint"])
     assert python == "python"

@@ -1,5 +1,7 @@
 """What a Ray Train worker raises: tried again where it came from outside its work, and only there."""
 
+# pyright: reportPrivateImportUsage=false
+
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -141,7 +143,8 @@ def test_workers_that_are_started_again_after_the_minimum_was_written_leave_it_a
     config = Config().with_overrides({"trunk.epochs": 0.2})
     full_set = load_full_set(config.data)
     start, nothing = new_model(config.model, full_set, seed=1).state_dict(), cast(Any, None)
-    job = Job(Piece(config, directory, "trunk", by_train=True, num_workers=1), [full_set], [start], 0.0, nothing)
+    full_set_ref, start_ref = cast(Any, [full_set]), cast(Any, [start])
+    job = Job(Piece(config, directory, "trunk", by_train=True, num_workers=1), full_set_ref, start_ref, 0.0, nothing)
     minimizer = streaming.minimizer_on(job.full_set_ref, num_gpus=0.0, shard=Shard())
     worker._train(job, minimizer, 0)
     record = job.piece.record()
@@ -151,7 +154,7 @@ def test_workers_that_are_started_again_after_the_minimum_was_written_leave_it_a
     directory.delete("trunk/weights.safetensors")
     worker._train(job, minimizer, 0)
     assert [work.outcome for work in Ledger(directory).read()] == ["done", "done"]
-    assert job.piece.record()["files"] == record["files"]
+    assert job.piece.output.files() == record["files"]
 
 
 def test_what_may_pass_is_storage_devices_ray_and_lost_connections():

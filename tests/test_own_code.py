@@ -15,7 +15,7 @@ from raysubset.objects_in_hand import hold_objects
 from raysubset.planning import make_plan
 from raysubset.training import evaluate, minimize
 from raysubset.work import seeded_model
-from tests.tiny import parse_config
+from tests.flags import parse_config
 
 FOLDER = Path(__file__).parents[1] / "jobs" / "own_code"
 FILES = sorted(path.name for path in FOLDER.glob("*.py"))

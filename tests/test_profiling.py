@@ -10,7 +10,8 @@ from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.run_directory import TRACES_FOLDER, RunDirectory, trace_path, weights_path
 from raysubset.work import Minimizer, Piece
-from tests.tiny import parse_config, same_bits, stored_weights
+from tests.flags import parse_config
+from tests.tiny import same_bits, stored_weights
 
 
 def work(folder: Path, profile: int, *, epochs: float = 3.0, subsets: tuple[int | None, ...] = (0,)) -> RunDirectory:

@@ -27,7 +27,7 @@ from raysubset.run_directory import (
 )
 from raysubset.run_directory.shapes import refuse_other_values
 from tests import tiny
-from tests.tiny import parse_config
+from tests.flags import parse_config
 
 # A training set of 100, 50 to validate and 100 to test on: every number below can be worked out by hand.
 NUM_TRAIN, NUM_VALIDATION, NUM_TEST = 100, 50, 100

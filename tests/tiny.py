@@ -21,9 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raysubset.cli.flags import Run
-from raysubset.cli.parsing import parse
-from raysubset.config import Config, MinimizeConfig, ModelConfig
+from raysubset.config import MinimizeConfig, ModelConfig
 from raysubset.data import Examples, FullSet
 from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
@@ -32,11 +30,6 @@ from raysubset.trained_model import ModelRecord
 from raysubset.training import Metrics, Progress, minimize
 
 CROSS_ENTROPY, SQUARED_ERROR = CrossEntropy(), SquaredError(is_one_hot=True)
-
-
-def parse_config(arguments: Sequence[str], *, default: Config | None = None) -> Config:
-    """What the flags of `raysubset run` give."""
-    return parse(Run, arguments, default or Config(), prog="raysubset run").config
 
 
 def examples(
