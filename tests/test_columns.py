@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from raysubset.config import from_tree
+from raysubset.data.targets import number_classes
 from raysubset.tasks.columns import TableInputs, fit_columns, refuse_constant, target_numbers
 
 
@@ -133,6 +134,36 @@ def test_a_text_among_numbers_is_said():
         "warning: column x is read as 3 categories, not as numbers: '?' in row 2 of the table stands among numbers"
     )
     assert fit_columns(pa.table({"x": ["3", "4", "3", "4"]}), ["x"], missing="refuse")[1] == ()
+
+
+@pytest.mark.parametrize(
+    ("texts", "is_told"),
+    [
+        (["1,5", "2,0", "0,25"], True),
+        (["1.5", "2.0", "0.25"], True),
+        (["12%", "3 %", "7%"], True),
+        (["1/2/2026", "31/12/2026", "none"], True),
+        (["a1", "b2", "1,5"], False),
+        (["10-19", "20-29", "30+"], False),  # ranges are categories
+        ([str(code) for code in range(20)], False),
+        ([str(number) for number in range(21)], True),
+    ],
+)
+def test_numbers_and_dates_that_are_read_as_categories_are_told_unless_a_dictionary_means_them(texts, is_told):
+    column = pa.array(texts * 2)
+    _, notes = fit_columns(pa.table({"x": column}), ["x"], missing="refuse")
+    expected = f"warning: column x is read as {len(texts)} categories, not as numbers: such as "
+    assert [str(note).startswith(expected) for note in notes] == [True] * is_told
+    assert fit_columns(pa.table({"x": column.dictionary_encode()}), ["x"], missing="refuse")[1] == ()
+
+
+def test_values_and_classes_that_differ_in_white_space_or_case_alone_are_told():
+    _, (note,) = fit_columns(pa.table({"x": ["red", "blue", "red ", "blue"]}), ["x"], missing="refuse")
+    assert str(note) == "warning: values of column x differ in white space or case alone: 'red' and 'red '"
+    names, (note,) = number_classes({"train": pa.chunked_array([["dog", " cat", "Cat", "dog"]])})[1:]
+    assert names == (" cat", "Cat", "dog")
+    assert str(note).startswith("warning: classes ' cat' and 'Cat' differ in white space or case alone")
+    assert number_classes({"train": pa.chunked_array([["a", "b"]])})[2] == ()
 
 
 def test_a_text_of_more_values_than_a_hundred_is_refused():

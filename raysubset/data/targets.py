@@ -34,7 +34,7 @@ from raysubset.tasks import (
     refuse_constant,
     strata_of_numbers,
 )
-from raysubset.tasks.columns import is_string, places, such_as
+from raysubset.tasks.columns import alike_but_for_case, is_string, places, such_as
 
 _LOSSES = {"absolute_error": AbsoluteError(), "huber": Huber()}  # of numbers; all others are the squared error
 
@@ -234,6 +234,8 @@ def number_classes(
             "needed"
         )
     names, naming = _class_names(source["train"], present)
+    if pair := alike_but_for_case(names):
+        notes.append(Note(f"classes {pair} differ in white space or case alone, and are two classes", is_warning=True))
     numbers: dict[SplitName, np.ndarray] = {name: places(values, names) for name, values in texts.items()}
     for name, values in texts.items():
         if len(unknown := np.flatnonzero(numbers[name] < 0)):

@@ -1,6 +1,7 @@
 """Turns a table's columns into numbers: features fitted on training rows, and targets of regression. Reads no files."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ Kind = NumberKind | Literal["category"]
 _REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
 
 MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
+
+# A number or a date that is not read as one: 1,5 and 1.5 of texts, 12 %, $3, 31/12/2026.
+_WRITTEN_NUMBER = re.compile(r"[-+]?[$€£¥]?\s?\d[\d.,' /:]*[%$€£¥]?")
+_MOST_CODES = 20  # different texts of digits alone that are read as categories in silence
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
@@ -300,8 +305,11 @@ class _Reader:
                 f"becomes a feature, so there may be at most {MOST_VALUES} and not one for every row: correct it, or "
                 "leave the column out with --data.columns"
             )
-        if stray:
+        is_meant = pa.types.is_dictionary(values.type)
+        if stray := stray or ("" if is_meant else _written_number(categories)):
             self.note(f"column {name} is read as {len(categories)} categories, not as numbers", stray, is_warning=True)
+        if pair := alike_but_for_case(categories):
+            self.note(f"values of column {name} differ in white space or case alone", pair, is_warning=True)
         if num_missing:
             self.note("missing texts of training rows are a category of their own", f"{name} ({num_missing})")
         return InputColumn(name, "category", values=tuple(categories), has_missing=num_missing > 0)
@@ -360,6 +368,26 @@ class _Reader:
             more = f", and in {num - 1} more rows" if num > 1 else ""
             first = self.place(int(np.flatnonzero(absent)[0]))
             raise ValueError(f"column {name} has no value {first}{more}: {self.remedy}")
+
+
+def alike_but_for_case(names: Sequence[str]) -> str:
+    """Return "'cat' and 'Cat '" for the first two names that differ in white space or case alone, or ""."""
+    known = dict[str, str]()
+    for name in names:
+        other = known.setdefault("".join(name.split()).casefold(), name)
+        if other != name:
+            return f"{other!r} and {name!r}"
+    return ""
+
+
+def _written_number(categories: Sequence[str]) -> str:
+    """Return "such as '1,5' …" if most texts are numbers or dates in a form that is not read as such, else ""."""
+    written = [text for text in categories if _WRITTEN_NUMBER.fullmatch(text.strip())]
+    are_codes = all(map(str.isdigit, written)) and len(written) <= _MOST_CODES
+    if len(written) <= len(categories) / 2 or are_codes:
+        return ""
+    example = next((text for text in written if not text.isdigit()), written[0])
+    return f"such as {example!r}; give numbers as numbers, in CSV as 1.5, and dates as 2026-12-31"
 
 
 def is_string(type_: pa.DataType) -> bool:
