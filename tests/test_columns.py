@@ -25,7 +25,7 @@ def test_numbers_are_standardised_as_scikit_learn_does():
     found, more = inputs.encode(pa.table(dict(zip(names, further.T, strict=True))))
     assert (notes, more) == ((), ())
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, StandardScaler().fit(training).transform(further), rtol=1e-6)
+    np.testing.assert_allclose(found, StandardScaler().fit(training).transform(further), rtol=1e-6)  # pyright: ignore
 
 
 def test_texts_become_one_feature_a_value_as_scikit_learn_does():
