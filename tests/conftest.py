@@ -2,6 +2,7 @@
 
 import compileall
 import gc
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -98,7 +99,7 @@ def ray_cluster() -> Iterator[None]:
     use_own_token()
     least = 80 * 2**20  # about what Ray takes: sets larger than it are small
     with warm_process(), OwnNode(num_cpus=4, num_gpus=0, object_store_memory=least, **PATHS) as node:
-        ray.init(address=node.address(), log_to_driver=False, logging_level="error")
+        ray.init(address=node.address(), log_to_driver=False, logging_level=logging.ERROR)
         yield
         ray.shutdown()
 

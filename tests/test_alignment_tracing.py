@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -102,20 +103,21 @@ def test_permuting_units_leaves_the_outputs_of_torchvisions_networks_unchanged(n
 
 
 def test_vgg_is_traced_through_its_flatten():
-    from torchvision import models
+    from torchvision.models import vgg
 
-    model = models.vgg11_bn(weights=None, num_classes=5, init_weights=False)
-    model.classifier = nn.Sequential(nn.Linear(512 * 7 * 7, 20), nn.ReLU(), nn.Linear(20, 5))  # 4096² take minutes
+    layers = [4, "M", 8, "M", 8, 8, "M", 16, 16, "M", 16, 16, "M"]  # vgg11's, narrow
+    model = vgg.VGG(vgg.make_layers(layers, batch_norm=True), num_classes=5, init_weights=False)
+    model.classifier = nn.Sequential(nn.Linear(16 * 7 * 7, 20), nn.ReLU(), nn.Linear(20, 5))  # 4096² take minutes
     structure = assert_unchanged(model, (3, 32, 32))
     (columns,) = [pair for pair in structure.groups[-2].axes if pair[0].names == ("classifier.0.weight",)]
-    torch.testing.assert_close(columns[1], torch.arange(512 * 49).reshape(512, 49))
+    torch.testing.assert_close(columns[1], torch.arange(16 * 49).reshape(16, 49))
     assert (columns[0].dim, columns[0].rows) == (1, None)
 
 
 class Network(nn.Module):
     """A convolution of 6 channels, what is given, then the mean over the map and a linear layer."""
 
-    def __init__(self, body: Callable[[Tensor], Tensor], num_features: int = 6, **modules: nn.Module) -> None:
+    def __init__(self, body: Callable[..., Tensor], num_features: int = 6, **modules: nn.Module) -> None:
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Linear(num_features, 5)
         for name, module in modules.items():
@@ -218,7 +220,7 @@ def test_shared_parameters_are_permuted_once_and_stay_shared():
 def test_a_layer_of_which_nothing_is_known_is_refused_by_name():
     attention = nn.MultiheadAttention(6, 2)
 
-    def attend(net: nn.Module, x: Tensor) -> Tensor:
+    def attend(net: Any, x: Tensor) -> Tensor:
         tokens = x.flatten(2).permute(2, 0, 1)
         return net.attention(tokens, tokens, tokens)[0].permute(1, 2, 0).unsqueeze(-1)
 

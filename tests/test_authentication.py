@@ -1,11 +1,13 @@
 """Which token a process sends, against a control store that answers one question: in processes of their own, as Ray
 reads its environment once."""
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,21 @@ import grpc
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 TOKEN = "0123456789abcdef"
-CALL = """
-import os, sys
+CALLS = """
+import json, os, sys
 from raysubset.cluster.authentication import use_token_of
-try:
-    use_token_of(sys.argv[1])
-    print("ok", os.environ["RAY_AUTH_MODE"])
-except Exception as error:
-    print(type(error).__name__, error)
+for line in sys.stdin:
+    address, env = json.loads(line)
+    if os.fork():
+        os.wait()
+        continue
+    os.environ.update(env)
+    try:
+        use_token_of(address)
+        print("ok", os.environ["RAY_AUTH_MODE"])
+    except Exception as error:
+        print(type(error).__name__, error)
+    break
 """
 
 
@@ -36,7 +45,7 @@ class ControlStore(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
     def CheckAlive(self, request: Any, context: grpc.ServicerContext) -> Any:
         if self._token and ("authorization", f"Bearer {self._token}") not in context.invocation_metadata():
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
-        return gcs_service_pb2.CheckAliveReply()
+        return gcs_service_pb2.CheckAliveReply()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.fixture
@@ -60,15 +69,38 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def use_token_of(address: str, home: Path, **env: str) -> str:
+@pytest.fixture(scope="module")
+def callers() -> Iterator[dict[str | None, subprocess.Popen[str]]]:
+    """Processes that have imported Ray, which reads the mode then, and fork for each call: it reads all else later."""
+    with ExitStack() as stack:
+        yield (started := {})
+        for process in started.values():
+            stack.enter_context(process).communicate(timeout=60)
+
+
+@pytest.fixture
+def use_token_of(callers: dict[str | None, subprocess.Popen[str]]) -> Callable[..., str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    command = [sys.executable, "-c", CALL, address]
-    env = clean | {"HOME": str(home)} | env
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    def use(address: str, home: Path, **env: str) -> str:
+        if (mode := env.pop("RAY_AUTH_MODE", None)) not in callers:
+            command, its = [sys.executable, "-u", "-c", CALLS], clean | ({"RAY_AUTH_MODE": mode} if mode else {})
+            callers[mode] = subprocess.Popen(
+                command, env=its, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1
+            )
+        stdin, stdout = callers[mode].stdin, callers[mode].stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps([address, {"HOME": str(home)} | env]) + "\n")
+        return stdout.readline()
+
+    return use
 
 
 @pytest.mark.parametrize("address", [TOKEN], indirect=True)
-def test_the_users_token_is_sent_where_one_is_asked_for(address: str, home: Path, tmp_path_factory: Any) -> None:
+def test_the_users_token_is_sent_where_one_is_asked_for(
+    use_token_of: Callable[..., str], address: str, home: Path, tmp_path_factory: Any
+) -> None:
     assert use_token_of(address, home) == "ok token\n"
     elsewhere = tmp_path_factory.mktemp("empty")
     assert use_token_of(address, elsewhere, RAY_AUTH_TOKEN=TOKEN) == "ok token\n"
@@ -77,7 +109,7 @@ def test_the_users_token_is_sent_where_one_is_asked_for(address: str, home: Path
 
 
 @pytest.mark.parametrize("address", [None], indirect=True)
-def test_none_is_used_where_none_is_asked_for(address: str, home: Path) -> None:
+def test_none_is_used_where_none_is_asked_for(use_token_of: Callable[..., str], address: str, home: Path) -> None:
     assert use_token_of(address, home) == "ok disabled\n"
     assert use_token_of(address, home, RAY_AUTH_MODE="token") == "ok token\n"  # as the user says
 
@@ -93,7 +125,7 @@ def test_none_is_used_where_none_is_asked_for(address: str, home: Path) -> None:
     ],
 )
 def test_no_token_or_another_is_a_mistake_told_at_once(
-    address: str, tmp_path: Path, env: dict[str, str], told: str
+    use_token_of: Callable[..., str], address: str, tmp_path: Path, env: dict[str, str], told: str
 ) -> None:
     said = use_token_of(address, tmp_path, **env)
     assert said.startswith("ValueError ")
@@ -101,7 +133,7 @@ def test_no_token_or_another_is_a_mistake_told_at_once(
     assert told in said
 
 
-def test_what_is_no_control_store_does_not_answer(tmp_path: Path) -> None:
+def test_what_is_no_control_store_does_not_answer(use_token_of: Callable[..., str], tmp_path: Path) -> None:
     assert use_token_of("127.0.0.1:1", tmp_path).startswith("ConnectionError ")
 
 

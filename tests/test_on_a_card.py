@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -214,6 +214,7 @@ def test_a_rounds_work_has_the_same_results_on_a_card(method: str, tmp_path: Pat
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
     config = Config().with_overrides(
         {
+            "data.name": "tests.tiny:few_digits",
             "subsets.num": 2,
             "subsets.size": 60,
             "minimize.epochs": 2.0,
@@ -239,7 +240,7 @@ def test_a_rounds_work_has_the_same_results_on_a_card(method: str, tmp_path: Pat
         tuning = Piece(config, run, "fine_tuning", start=piece.output, teachers=teachers, by_train=True)
         tuned = minimizer.minimize([tuning], None, attempts=[0], waited_s=0.0)
         metrics, _ = leave_test(full_set, num_gpus, config, run, made.aggregate.weights, node="n")
-        measured = [(each["training"], each["validation"]) for each in (*records, *tuned)]
+        measured = [(each["training"], each["validation"]) for each in cast(Any, (*records, *tuned))]
         return [made.aggregate.weights, measured, record["aggregation"]["validation"], metrics.to_dict()]
 
     on_both(do)

@@ -280,7 +280,7 @@ def test_what_cannot_be_combined_is_refused_in_a_line(overrides: dict[str, Any],
 
 
 def test_names_and_keys_of_before_stay_while_it_is_off() -> None:
-    config = Config().with_overrides(TINY)
+    config = Config().with_overrides(TINY | {"data.name": "digits"})
     tree = config.to_dict()
     del tree["rounds"]["overlap"]
     assert config.run_name() == NAME

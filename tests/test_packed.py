@@ -67,7 +67,7 @@ class Untraceable(nn.Module):
 
 
 def build(name: str, seed: int) -> nn.Module:
-    options = {"cifar_resnet": {"width": 4, "depth": 8}, "mlp": {"width": 8}, "cnn": {"width": 4}}
+    options: dict[str, Any] = {"cifar_resnet": {"width": 4, "depth": 8}, "mlp": {"width": 8}, "cnn": {"width": 4}}
     if name == "untraceable":
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -215,6 +215,8 @@ def test_a_member_whose_last_step_goes_to_infinity_goes_back_to_its_best_weights
 class Scaled(nn.Module):
     """A linear layer over the pixels, enlarged."""
 
+    factor: Tensor
+
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.linear = linear(64)
@@ -262,10 +264,11 @@ def test_a_packed_state_is_the_loops_own_and_goes_on_in_either(optimizer: Any, s
     assert_same(taken, expected)
 
     whole, _ = members.one_by_one(config)
-    for states in ([taken[i] for i in range(3)], [expected[i] for i in range(3)], [taken[0], None, expected[2]]):
-        for models, _ in (members.packed(config, states=states), members.one_by_one(config, states=states)):
-            for model, reference in zip(models, whole, strict=True):
-                assert_same(weights(model), weights(reference))
+    of_pack, of_loop = ([states[i] for i in range(3)] for states in (taken, expected))
+    ends = [members.packed(config, states=states) for states in (of_pack, of_loop, [taken[0], None, expected[2]])]
+    for models, _ in (*ends, members.one_by_one(config, states=of_pack)):
+        for model, reference in zip(models, whole, strict=True):
+            assert_same(weights(model), weights(reference))
 
 
 class ConvolvedLayouts(TorchDispatchMode):

@@ -43,6 +43,7 @@ from tests.test_matrix import InProcess, cached
 from tests.tiny import same_bits
 
 TINY = {
+    "data.name": "tests.tiny:few_digits",
     "subsets.num": 2,
     "subsets.size": 60,
     "minimize.epochs": 1.0,
@@ -156,7 +157,7 @@ def test_a_process_that_has_a_state_in_memory_goes_on_as_one_that_reads_its_file
         for piece, minimizer in zip(pieces, minimizers, strict=True):
             minimizer.minimize([piece], start, attempts=[0], waited_s=0.0)
         if minimizers[0] is minimizers[1]:
-            assert list(minimizer._optimizers) == [(directory.uri, optimizer_path(pieces[1].folder))]
+            assert list(minimizers[0]._optimizers) == [(directory.uri, optimizer_path(pieces[1].folder))]
         return pieces[1].output.weights()
 
     one, another, several = (Minimizer(lambda: full_set, num_gpus=0, node="here") for _ in range(3))

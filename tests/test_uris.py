@@ -66,6 +66,7 @@ def test_a_secret_that_ends_its_uri_early_is_refused_without_being_shown(uri: st
     assert str(raised.value).startswith(f"{expected}: ")
 
 
+@pytest.mark.usefixtures("no_node_ahead")
 @pytest.mark.parametrize(
     "arguments",
     [

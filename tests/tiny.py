@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
@@ -47,6 +48,14 @@ def examples(
     return image_examples(images, labels, 0.5, 0.5, augmentation, objective=objective, num_classes=3)
 
 
+def few_digits() -> tuple[np.ndarray, np.ndarray]:
+    """A quarter of digits, for runs that measure all of it again and again."""
+    from sklearn.datasets import load_digits
+
+    images, labels = cast(Any, load_digits(return_X_y=True))
+    return (images[:450] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8), labels[:450]
+
+
 def image_examples(
     images: Tensor,
     labels: Tensor,
@@ -60,7 +69,7 @@ def image_examples(
     """Images uint8 [N, H, W, C] and their classes, int64 [N], to be augmented as they say."""
     height, width, channels = images.shape[1:]
     mean, std = (
-        tuple([values] * channels) if isinstance(values, float) else tuple(map(float, values)) for values in (mean, std)
+        (values,) * channels if isinstance(values, int | float) else tuple(map(float, values)) for values in (mean, std)
     )
     names = tuple(map(str, range(num_classes or int(labels.max()) + 1)))
     task = Classification(
@@ -103,7 +112,7 @@ def noisy_network(seed: int = 0) -> nn.Module:
     """A convolution, batch-norm, dropout and a linear layer."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        layers = OrderedDict(
+        layers = OrderedDict[str, nn.Module](
             conv=nn.Conv2d(1, 4, 3, bias=False),
             norm=nn.BatchNorm2d(4),
             relu=nn.ReLU(),

@@ -6,7 +6,7 @@ import json
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from raysubset.config.inputs import DataConfig, ModelConfig, SubsetsConfig
 from raysubset.config.minimizing import WHOLE_SUBSET, MinimizeConfig, TrainingStage
@@ -171,16 +171,15 @@ class Config(Part):
         Raises:
             ValueError: for an unknown name (with the nearest known one) or a value that a check refuses.
         """
-        tree = self.to_dict()
-        fields = flatten(tree)
+        fields, changes = _field_names(), dict[str, Any]()
         for key, value in overrides.items():
             if key not in fields:
                 if field := next((field for field in fields if field.startswith(f"{key}.")), None):
                     raise ValueError(f"{key} is a group of settings: give single ones, such as {field}")
                 raise ValueError(f"there is no config field {key}{nearest(key, fields) or UNKNOWN_FIELD}")
             *parents, leaf = key.split(".")
-            functools.reduce(operator.getitem, parents, tree)[leaf] = value
-        return Config.from_dict(tree)
+            functools.reduce(lambda part, name: part.setdefault(name, {}), parents, changes)[leaf] = value
+        return _changed(self, changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested dicts, ready for JSON."""
@@ -194,6 +193,24 @@ class Config(Part):
             ValueError: for unknown fields or values of the wrong type.
         """
         return from_tree(cls, tree)
+
+
+@functools.cache
+def _field_names() -> tuple[str, ...]:
+    """Return the dotted names of all settings."""
+    return tuple(flatten(Config().to_dict()))
+
+
+_P = TypeVar("_P", bound=Part)
+
+
+def _changed(part: _P, changes: Mapping[str, Any]) -> _P:
+    """Return a copy with some fields set. Only groups of settings that change are made and checked again."""
+    values, record = dict[str, Any](), cast(Any, part)
+    for name in (name for name in record.__dataclass_fields__ if name in changes):  # in this order mistakes are told
+        old, new = getattr(part, name), changes[name]
+        values[name] = _changed(old, new) if isinstance(old, Part) else new
+    return dataclasses.replace(record, **values)
 
 
 def derive_seed(seed: int, *path: int | str) -> int:

@@ -63,21 +63,21 @@ def check_fields(record: Any, prefix: str) -> None:
     Raises:
         ValueError: with the field's dotted name, its value and the values it may have.
     """
-    for name, hint in _hints(type(record)).items():
+    annotations = _annotations(type(record))
+    for name, hint, kind, plain in _kinds(type(record)):
         value = getattr(record, name)
-        if dataclasses.is_dataclass(hint):
-            kind = typing.cast(type, hint)
+        if kind:
             if not isinstance(value, kind):
                 way_out = f"give a {kind.__name__}, or single fields by Config.with_overrides()"
                 raise ValueError(f"{prefix}{name} = {_shown(value)} is no {kind.__name__}: {way_out}")
             continue
-        if type(value) is not hint:
+        if type(value) not in plain:
             value = _checked(hint, value, prefix + name)
             object.__setattr__(record, name, value)
         if isinstance(value, str):
-            _check_text(prefix + name, value, _annotations(type(record)).get(name))
+            _check_text(prefix + name, value, annotations.get(name))
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            check_number(prefix + name, value, _annotations(type(record))[name])
+            check_number(prefix + name, value, annotations[name])
 
 
 def check_number(name: str, value: float, range: str) -> None:
@@ -130,6 +130,19 @@ def _annotations(cls: type) -> dict[str, Any]:
     """Return what fields are Annotated with: a number's range, or the names that a text may be."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {name: hint.__metadata__[0] for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
+
+
+@functools.cache
+def _kinds(cls: type) -> list[tuple[str, Any, type | None, tuple[type, ...]]]:
+    """Return of each field its name and type, the latter also apart: a dataclass, or types whose values are as they
+    should be. Of union with floats, ints are not."""
+    kinds = []
+    for name, hint in _hints(cls).items():
+        options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+        plain = tuple(option for option in options if option in (str, bool, int, float, types.NoneType))
+        plain = tuple(option for option in plain if not (option is int and float in plain))
+        kinds.append((name, hint, hint if dataclasses.is_dataclass(hint) else None, plain))
+    return kinds
 
 
 def ranges_of(cls: type) -> dict[str, str]:

@@ -17,6 +17,7 @@ class Recent:
 
     def __init__(self) -> None:
         self._contents: dict[tuple[str, str], tuple[Seal, Any]] = {}
+        self._num_bytes = 0  # of all contents
         self._lock = threading.Lock()
         self.frozen: dict[tuple[str, str, Seal], Any] = {}  # one run's tensors that no training changes, of any size
         # The last weights that were added up, of any size, and the file and seal that they stand for
@@ -25,12 +26,17 @@ class Recent:
     def keep(self, uri: str, path: str, seal: Seal, content: Any) -> None:
         """Keep a file's content, unless it is too large, or the version of a local file."""
         with self._lock:
-            self._contents.pop((uri, path), None)
+            self._forget((uri, path))
             if len(content) > MOST_BYTES:
                 return
             self._contents[uri, path] = seal, content
-            while sum(len(content) for _, content in self._contents.values()) > MOST_BYTES:
-                del self._contents[next(iter(self._contents))]
+            self._num_bytes += len(content)
+            while self._num_bytes > MOST_BYTES:
+                self._forget(next(iter(self._contents)))
+
+    def _forget(self, file: tuple[str, str]) -> None:
+        _, content = self._contents.pop(file, (None, ""))
+        self._num_bytes -= len(content)
 
     def find(self, uri: str, path: str, seal: Any) -> Any:
         """Return the content or version kept for this file and seal; None if there is none."""
