@@ -106,6 +106,8 @@ def test_dates_in_seconds_are_predicted_to_the_second(tmp_path, caplog):
     expected = predict(network, full_set.examples("test"), MinimizeConfig()).double() * task.std[0]
     outputs = load_model(str(tmp_path / "arrays"))(torch.from_numpy(begin[rows, None])) - task.mean[0]
     torch.testing.assert_close(outputs, expected, atol=1e-3, rtol=0)
+    export_model(str(tmp_path / "arrays"), str(tmp_path / "it.pt2"), format="torch-export")
+    assert "float32 rounds inputs[:, 0], target by more than" in caplog.text
 
 
 def test_a_tables_rows_are_predicted_by_column_names_in_any_order(prices, tmp_path):

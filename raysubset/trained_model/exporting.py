@@ -23,7 +23,7 @@ from raysubset.config import TABLE_SUFFIXES, DataConfig
 from raysubset.data import EncodedImages, decode, read_image_rows, read_rows
 from raysubset.errors import first_line, listed
 from raysubset.run_directory import RunDirectory
-from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs
+from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs, TensorInputs
 from raysubset.trained_model import TrainedModel, load_model
 from raysubset.trained_model.network_graph import export, refuse_difference
 from raysubset.training import are_probabilities
@@ -81,8 +81,12 @@ def export_model(directory: str, path: str | None = None, *, format: ExportForma
 def _coarse(model: TrainedModel) -> list[str]:
     """Return the features and targets whose training values float32 rounds by over a hundredth of their deviation."""
     scales = list[tuple[str, float, float]]()
-    if isinstance(model.inputs, TableInputs):
-        scales += zip(model.inputs.feature_names, *map(torch.Tensor.tolist, model.inputs.scaling()), strict=True)
+    if isinstance(inputs := model.inputs, TableInputs | TensorInputs):
+        shift, scale = map(torch.Tensor.tolist, inputs.scaling())
+        names = (
+            inputs.feature_names if isinstance(inputs, TableInputs) else [f"inputs[:, {k}]" for k in range(len(shift))]
+        )
+        scales += zip(names, shift, scale, strict=True)
     if isinstance(task := model.record.task, Regression):
         scales += zip(task.target_names, task.mean, task.std, strict=True)
     epsilon = torch.finfo(torch.float32).eps
