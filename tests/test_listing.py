@@ -7,7 +7,7 @@ import pytest
 from raysubset.cli import call
 from raysubset.config import Config
 from raysubset.report import list_runs
-from raysubset.run_directory import REPORT_PATH, SESSIONS_PATH, Lease, RunDirectory
+from raysubset.run_directory import REPORT_PATH, SESSIONS_PATH, SWEEP_PATH, Lease, RunDirectory
 from tests.test_html_report import a_comparison
 from tests.test_report import a_record
 from tests.test_sweeping import a_sweep
@@ -46,6 +46,11 @@ def test_each_directory_is_a_row_with_its_state_result_and_cost(storage: Path):
     }
     assert found["done"].result == "test accuracy 90.00%"
     assert found["a-sweep"].result.startswith("best of 5: validation accuracy ")
+    sweep = RunDirectory.at(found["a-sweep"].uri)
+    record = sweep.read_json(SWEEP_PATH)
+    baseline = record["trials"][0] | {"overrides": {"method": "conventional"}, "validation_accuracy": 0.99}
+    sweep.write_json(SWEEP_PATH, record | {"trials": [*record["trials"], baseline]})
+    assert found["a-sweep"].result in {entry.result for entry in list_runs(str(storage))[0]}  # it is of what was swept
     assert "total: confirmed" in found["a-comparison"].result
     assert (found["a-sweep"].passes, found["stopped"].wall_s) == (90.0, 12.0)
     assert "config.json" in found["cut"].flaw

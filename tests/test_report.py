@@ -318,6 +318,11 @@ def test_costs_part_training_from_the_rest():
     assert row(part, "the rest")[1] == "2.00"
     assert row(part, "seconds on the critical path")[1] == "4.0"
     assert row(part, "bytes sent")[1] == "2.5 MB"
+    assert row(part, "the rest")[2] == "evaluation, batch-norm statistics, candidates, repeated work"
+    skipping = a_record(Config().with_overrides({"minimize.skipping.kind": "wus"}))
+    assert row(one(sections(skipping), "Costs"), "the rest")[2].endswith(
+        "less the weights' gradients that training skipped"
+    )
     taught = a_record()  # by 4 minima, whose forward passes are in the planned ones too
     taught["config"]["fine_tuning"]["distillation"] = 0.5
     trained = row(one(sections(taught), "Costs"), "training that led to the result")[1]

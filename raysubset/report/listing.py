@@ -89,7 +89,8 @@ def _done(about: tuple[str, str], kind: str, record: Record) -> Entry:
     if kind == "run":
         result = f"test {quality.phrase(record['test'][quality.name])}"
     elif kind == "sweep":
-        values = [trial.get(f"validation_{quality.name}") for trial in record["trials"]]
+        swept = [trial for trial in record["trials"] if trial["overrides"].keys() >= record["space"].keys()]
+        values = [trial.get(f"validation_{quality.name}") for trial in swept]  # not the conventional baseline's
         best = max((value for value in values if value is not None), key=quality.gain, default=None)
         result = f"best of {len(values)}: validation {quality.phrase(best)}"
     else:

@@ -351,11 +351,14 @@ def _candidates(aggregation: Record, quality: Quality) -> Section:
 def _costs(record: Record) -> Section:
     cost, seconds = record["cost"], record["seconds"]
     training, total = trained_passes(record), cost["passes"]
+    rest = "evaluation, batch-norm statistics, candidates, repeated work"
+    if (config := _config(record)) and config.minimize.skipping.kind != "none":
+        rest += ", less the weights' gradients that training skipped"
     rows = [
         ("passes in total", f"{total:.2f}", "every attempt, evaluation and candidate"),
         ("  on the critical path", f"{cost['critical_path_passes']:.2f}", ""),
         ("  training that led to the result", f"{training:.2f}", f"planned: up to {record['planned_passes']:.2f}"),
-        ("  the rest", f"{total - training:.2f}", "evaluation, batch-norm statistics, candidates, repeated work"),
+        ("  the rest", f"{total - training:.2f}", rest),
     ]
     attempts, lost = (sum(row[key] for row in cost["stages"]) for key in ("num_attempts", "num_lost"))
     if lost:
