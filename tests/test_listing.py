@@ -52,6 +52,11 @@ def test_each_directory_is_a_row_with_its_state_result_and_cost(storage: Path):
     sweep.write_json(SWEEP_PATH, record | {"trials": [*record["trials"], baseline]})
     assert found["a-sweep"].result in {entry.result for entry in list_runs(str(storage))[0]}  # it is of what was swept
     assert "total: confirmed" in found["a-comparison"].result
+    for name in ("a-sweep", "a-comparison"):  # whose records are written at their ends
+        RunDirectory(str(storage), name).write_json(
+            SESSIONS_PATH, {"sessions": [{"started_at": 5.0, "startup_s": 0.5, "wall_s": 1.0}]}
+        )
+    assert [entry.name for entry in list_runs(str(storage))[0] if entry.began_at == 5.0] == ["a-comparison", "a-sweep"]
     assert (found["a-sweep"].passes, found["stopped"].wall_s) == (90.0, 12.0)
     assert "config.json" in found["cut"].flaw
     assert {entry.state for entry in list_runs(str(storage))[0] if entry.name == "at-work"} == {"stopped"}

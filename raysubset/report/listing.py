@@ -1,7 +1,7 @@
 """List the runs, sweeps and comparisons in a storage path, with their results and costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Literal
 
@@ -68,18 +68,27 @@ def _entry(directory: RunDirectory) -> Entry | None:
         path = next((path for path in _KINDS if path in files), None)
         if path is not None:
             kind = _KINDS[path]
-            return _done(about, kind, directory.read_json(path))
+            entry = _done(about, kind, directory.read_json(path))
+            return entry if kind == "run" else replace(entry, began_at=_began_at(_sessions(directory)))
         if CONFIG_PATH not in files:
             return None
         config = directory.read_config()
         kind = config.get("kind", "run")
         is_held = Lease(directory).is_held()
-        sessions = (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions")
+        sessions = _sessions(directory)
         wall_s = sum(session["wall_s"] for session in sessions) if sessions else None
-        began_at = sessions[0]["started_at"] if sessions else None
-        return Entry(*about, kind, "at work" if is_held else "stopped", wall_s=wall_s, began_at=began_at)
+        state: State = "at work" if is_held else "stopped"
+        return Entry(*about, kind, state, wall_s=wall_s, began_at=_began_at(sessions))
     except (CorruptFile, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return Entry(*about, kind, "damaged", flaw=first_line(error))
+
+
+def _sessions(directory: RunDirectory) -> Sequence[Record]:
+    return (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions") or ()
+
+
+def _began_at(sessions: Sequence[Record]) -> float | None:
+    return sessions[0]["started_at"] if sessions else None
 
 
 def _done(about: tuple[str, str], kind: str, record: Record) -> Entry:
