@@ -54,6 +54,12 @@ def one_line(error: BaseException) -> str:
     return f"{line}; {_FULL_CARD}" if is_full else line
 
 
+def counted(number: float, noun: str) -> str:
+    """Return '1 epoch', '2 epochs', '0.5 epochs'."""
+    shown = f"{number:.4g}" if isinstance(number, float) else f"{number}"
+    return f"{shown} {noun}{'' if number == 1 else 's'}"
+
+
 def with_article(value: object) -> str:
     """Return the name of the value's type with its article: 'an int', 'a dict'."""
     name = type(value).__name__

@@ -13,7 +13,8 @@ _PLAIN_OPTIONS = (
 )
 _CONTAINERS_BEFORE_AT = ("abfs", "abfss", "wasb", "wasbs")  # Azure's: container[:password]@account
 _NOT_A_PORT = re.compile(r"(?<!\[):(?!\d{1,5}$)(?![^\[]*\])")
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+")
+# A comma or the like at its end belongs to the sentence: it would turn a port into a secret
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+(?<![,;:.)])")
 
 
 def shown(uri: str) -> str:

@@ -8,7 +8,7 @@ from ray import cloudpickle
 from ray.exceptions import OutOfMemoryError, RayTaskError
 
 from raysubset.data import Examples
-from raysubset.errors import note_place, one_line, place_of
+from raysubset.errors import counted, note_place, one_line, place_of, with_article
 from raysubset.user_code.functions import in_a_line
 from tests.tiny import examples
 
@@ -60,3 +60,10 @@ def test_a_full_card_is_told_with_the_way_out_also_where_a_users_function_fills_
     line = one_line(RayTaskError("do", "…", cloudpickle.loads(cloudpickle.dumps(told.value))))
     assert line.startswith(f"OutOfMemoryError: {needed}; the card is full: give a smaller minimize.batch_size, ")
     assert "card" not in one_line(OutOfMemoryError("the node ran low on memory"))  # Ray's, of the host
+
+
+def test_numbers_and_types_are_put_in_words():
+    assert [counted(n, "epoch") for n in (0, 1, 2, 1.0, 0.5, 12.7312)] == [
+        *("0 epochs", "1 epoch", "2 epochs", "1 epoch", "0.5 epochs", "12.73 epochs")
+    ]
+    assert [with_article(value) for value in (3, {}, None)] == ["an int", "a dict", "a NoneType"]

@@ -51,6 +51,11 @@ def test_users_passwords_keys_and_tokens_are_not_shown(uri: str, expected: str):
     assert without_secrets(f"cannot read '{uri}': no such {uri}") == f"cannot read '{expected}': no such {expected}"
 
 
+def test_a_comma_after_a_port_does_not_make_it_a_secret():
+    assert without_secrets("at ray://head:10001, which (gs://b/x)") == "at ray://head:10001, which (gs://b/x)"
+    assert without_secrets("at s3://key:secret, which") == "at s3://key, which"
+
+
 @pytest.mark.parametrize(("uri", "expected"), HELD)
 def test_a_run_shows_and_records_no_secret_and_is_found_again(uri: str, expected: str):
     run = RunDirectory(uri, "a run")

@@ -23,7 +23,7 @@ from raysubset.cluster.private_ray import (
     TrainController,
     get_env_vars_to_propagate,
 )
-from raysubset.errors import CorruptFile, one_line
+from raysubset.errors import CorruptFile, counted, one_line
 from raysubset.events import OnEvent, Retry, Waiting
 from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
 from raysubset.fine_tuning.lookout import TrainLookout
@@ -139,7 +139,7 @@ def fit(job: Job, *, tell: OnEvent) -> None:
         directory.newest_checkpoint(stage)  # warns of a damaged one, where the user sees it
         trainer = _trainer(job, least=least, pulses=lookout.key)
         trainer.look = lookout.look
-        tell(Waiting(f"{stage}: Ray Train starts {piece.num_workers} worker(s)"))
+        tell(Waiting(f"{stage}: Ray Train starts {counted(piece.num_workers, 'worker')}"))
         try:
             diverged = trainer.fit().return_value
             break

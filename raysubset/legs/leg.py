@@ -220,7 +220,7 @@ class Leg:
 
     @property
     def bases(self) -> "Iterator[Leg]":
-        """Yield the aggregates from which that of its start differs, back to one that is whole."""
+        """Yield the aggregates that its start is added up from: each differs from the next, and the last is whole."""
         leg = self.start.leg
         while leg and leg.kind == "aggregate" and not leg.config.rounds.sends_whole(leg.round):
             leg = leg.start.leg
@@ -229,7 +229,7 @@ class Leg:
 
     @property
     def told_stage(self) -> str:
-        """Return the stage's name in events, records and the ledger."""
+        """Return its stage as events, records and the ledger name it: a subsample has a name of its own."""
         return "subsamples" if self.is_subsample else self.stage
 
     def passes(self, num_train: int) -> float:

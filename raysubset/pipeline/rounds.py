@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from raysubset.aggregation import method_of
-from raysubset.errors import listed
+from raysubset.errors import counted, listed
 from raysubset.events import AggregateDone, MinimaFound, Note, stage_event
 from raysubset.legs import FRESH, Leg, Start
 from raysubset.pipeline.decisions import Decisions
@@ -95,7 +95,7 @@ class Rounds:
         sizes = sorted({len(subset.indices) for subset in self._cut(round)})
         which = f"round {round + 1} of {config.rounds.num}: " if config.rounds.num > 1 else ""
         size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        text = f"{which}{len(members)} × {size} examples, {members[0].epochs:.4g} epochs each"
+        text = f"{which}{len(members)} × {size} examples, {counted(members[0].epochs, 'epoch')} each"
         self._tell(stage_event("subsets", text, round))
         if self._results is None:
             self._open(pool, members)

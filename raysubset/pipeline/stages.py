@@ -18,6 +18,7 @@ from raysubset import uris
 from raysubset.cluster import get_shared, num_slots, own_address, put_once
 from raysubset.config import Config
 from raysubset.data import refuse_changed_files
+from raysubset.errors import counted
 from raysubset.events import EpochDone, Event, Note, OnEvent, Planned, Progress, Waiting, stage_event
 from raysubset.fine_tuning import refuse_old_ray_train
 from raysubset.legs import FRESH, Leg, Start
@@ -141,8 +142,8 @@ class _Stages:
         self._run, self._plan = run, plan
         self._config, self._directory, self._full_set, self._tell = run.config, run.directory, run.full_set, run.tell
         self._decisions = Decisions(run, plan)
-        self._by_train = ""  # the stage that Ray Train does now
-        self._num_epochs = 0  # of it, that were reported or there before
+        self._by_train = ""  # the stage that a Ray Train job is at work on; "" if there is none
+        self._num_epochs = 0  # epochs of that stage that are reported, or were done by an earlier driver
 
     def run(self) -> dict[str, Any]:
         """Do all stages and return the report's record.
@@ -234,10 +235,11 @@ class _Stages:
         """
         piece, stage, full_set = leg.piece, leg.stage, self._full_set
         assert isinstance(piece, Piece)
-        what = f"the full set by Ray Train, {leg.num_workers} worker(s), {leg.start.kind} start"
+        workers = counted(leg.num_workers, "worker")
+        what = f"the full set by Ray Train, {workers}, {leg.start.kind} start"
         if stage != "fine_tuning":
-            what = f"{len(full_set.train)} examples, {leg.num_workers} worker(s)"
-        self._tell(stage_event(stage, f"{leg.epochs:g} epochs on {what}"))
+            what = f"{len(full_set.train)} examples, {workers}"
+        self._tell(stage_event(stage, f"{counted(leg.epochs, 'epoch')} on {what}"))
         refuse_changed_files(full_set)
         if (record := piece.record()) is None:
             if piece.by_train:

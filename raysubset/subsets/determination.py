@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raysubset.errors import listed
+from raysubset.errors import counted, listed
 from raysubset.events import Note
 from raysubset.subsets.cutting import Subset
 
@@ -29,7 +29,7 @@ def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parame
     needed = smallest_determined_size(num_outputs, num_parameters)
     lines = [
         f"Q of the full set: {full:.3g} = {num_examples} examples × {num_outputs} outputs / {num_parameters} weights",
-        f"Q of {_count(len(sizes), 'subset')} of {_span(sizes, 'd')} examples: {_span(ratios, '.3g')}",
+        f"Q of {counted(len(sizes), 'subset')} of {_span(sizes, 'd')} examples: {_span(ratios, '.3g')}",
         f"Q reaches 1 from {needed} examples up",
     ]
     if unused := num_examples - sum(sizes):
@@ -44,7 +44,7 @@ def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parame
         notes.append(Note(text, is_warning=True))
     elif num_below:
         text = (
-            f"{num_below} of {_count(len(sizes), 'subset')} have Q < 1 (from {min(ratios):.3g}): their minima "
+            f"{num_below} of {counted(len(sizes), 'subset')} have Q < 1 (from {min(ratios):.3g}): their minima "
             f"need not be near the full set's; give subsets at least {needed} examples, or take a smaller model"
         )
         notes.append(Note(text, is_warning=True))
@@ -58,7 +58,7 @@ def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray) -> lis
     lacking = [(subset, missing) for subset, missing in absent if len(missing)]
     lines = []
     for subset, missing in lacking[:_MOST_WARNED]:
-        size, noun = _count(len(subset.indices), "example"), "class" if len(missing) == 1 else "classes"
+        size, noun = counted(len(subset.indices), "example"), "class" if len(missing) == 1 else "classes"
         lines.append(f"{_title(subset)} of {size} lacks {noun} {listed([*map(str, missing)], most=_MOST_LISTED)}")
     if len(lacking) > _MOST_WARNED:
         fewest, missing = max(lacking, key=lambda pair: len(pair[1]))
@@ -70,10 +70,6 @@ def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray) -> lis
 
 def _title(subset: Subset) -> str:
     return f"subset {subset.id}" if subset.name is None else f"subset {subset.id} ({subset.name})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _span(values: Sequence[float], form: str) -> str:

@@ -18,7 +18,7 @@ def cut_subsets(
     """Return the subsets of a round: a pure function of config, data, round and the subsets' unequal shares, if any.
 
     Raises:
-        ValueError: as split_into_subsets() does, and for a column whose place in the training table another has.
+        ValueError: as split_into_subsets() does, and if subsets.column has a name that our training table uses itself.
     """
     column, target = config.subsets.column, config.data.target
     if column == "row" or (column in full_set.train.shapes and target not in (None, column)):
@@ -51,7 +51,7 @@ def cut_subsample(config: Config, indices: np.ndarray, round: int, subset_id: in
 
 
 def calibration_examples(config: Config, full_set: FullSet, device: torch.device | str) -> Examples:
-    """Return the sample of a run, the same for all its stages and processes.
+    """Return the sample of training examples that all stages and processes of a run use for statistics and losses.
 
     Batch-norm statistics are of augmented batches, as in training; losses are of the examples as they are.
     """

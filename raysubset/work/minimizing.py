@@ -69,8 +69,8 @@ class _Job:
     """A piece in hand, with what it needs on the device."""
 
     piece: Piece
-    start: Weights | None  # None: of a seed, and needed no more
-    fixed: Weights  # of the start's, those that training usually leaves as they are
+    start: Weights | None  # its first weights; None: seeded ones, which are not needed again
+    fixed: Weights  # the start weights that training usually leaves unchanged
     work: Work
     model: torch.nn.Module
     examples: Examples | StreamedExamples
@@ -86,7 +86,7 @@ class _Job:
     validation_cost: Cost = field(default_factory=Cost)  # of the watch
 
     def changed(self, weights: Weights) -> Weights:
-        """Return the weights without those that are the start's."""
+        """Return the weights that differ from the start's fixed weights."""
         names = unchanged_names(weights, self.fixed)
         return {name: tensor for name, tensor in weights.items() if name not in names}
 

@@ -63,10 +63,10 @@ class Output:
         return self.directory.read_weights(self.weights_path, self.files())
 
     def as_base(self, directory: RunDirectory) -> dict[str, str]:
-        """Return how a record names it as its base.
+        """Return the entry "base" of a record whose weights are stored as differences from these.
 
         Args:
-            directory: of that record, this one or one beside it.
+            directory: the directory of that record: this one, or one beside it.
         """
         base = {"record": self.record_path, "weights": self.weights_path, "seal": self.files()[self.weights_path]}
         return base if directory.uri == self.directory.uri else base | {"name": self.directory.name}
@@ -81,7 +81,7 @@ class Output:
         return {name: tensor.clone() for name, tensor in weights.items()}
 
     def _newest(self, seal: Seal) -> Weights | None:
-        """Return its weights if this process added them up last."""
+        """Return the weights if they are those that this process added up last; else None."""
         key, weights = RECENT.sum
         return weights if key == (self.directory.uri, self.weights_path, seal) else None
 
@@ -111,9 +111,9 @@ class Piece:
     subset_id: int | None = None
     round: int = 0
     indices: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """int64, its subset in the training split; None: all, or for a subset those that config and round give it."""
-    epochs: float | None = None  # instead of the recipe's
-    schedule_span: tuple[float, float] = (0.0, 1.0)
+    """The subset, int64 positions in the training split. None: what config and round give, or the full set."""
+    epochs: float | None = None  # in place of the recipe's
+    schedule_span: tuple[float, float] = (0.0, 1.0)  # begin and end of its part of the learning rate schedule
     start: Output | None = None  # the output that it starts from; None: given weights, or seeded by start_id
     is_perturbed: bool = False  # the start is shrunk and perturbed first (fine_tuning.start)
     start_id: str = "initial"

@@ -112,7 +112,7 @@ def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_
     slow_steps.speed_up(tmp_path, "subsets")
     assert process.returncode == 130, err
     assert out == ""
-    assert "trunk: 1 epochs on 1294 examples" in err
+    assert "trunk: 1 epoch on 1294 examples" in err
     last = err.splitlines()[-1]
     assert last.startswith("raysubset: stopped; finished work is kept")
     assert f"raysubset run --storage-path {tmp_path} --name run" in last
