@@ -46,7 +46,7 @@ def test_the_place_goes_with_an_error_to_another_process_and_is_told_once():
     error = passed_through_user_code()
     expected = one_line(error)
     note_place(error)
-    there = cloudpickle.loads(cloudpickle.dumps(RayTaskError("do", "…", error)))
+    there = cloudpickle.loads(cloudpickle.dumps(RayTaskError("do", "…", error)))  # pyright: ignore[reportPrivateImportUsage]
     assert there.cause.__traceback__ is None
     assert one_line(there) == expected
     assert one_line(ValueError(f"data.name = 'net:load' raised {expected}")).count("see ") == 1
@@ -57,7 +57,7 @@ def test_a_full_card_is_told_with_the_way_out_also_where_a_users_function_fills_
     advice = " Including non-PyTorch memory, this process has 78 GiB memory in use. Of the allocated memory 77 GiB is"
     with pytest.raises(torch.OutOfMemoryError) as told, in_a_line("minimize.objective", "losses:mixup"):
         raise torch.OutOfMemoryError(needed + advice)
-    line = one_line(RayTaskError("do", "…", cloudpickle.loads(cloudpickle.dumps(told.value))))
+    line = one_line(RayTaskError("do", "…", cloudpickle.loads(cloudpickle.dumps(told.value))))  # pyright: ignore[reportPrivateImportUsage]
     assert line.startswith(f"OutOfMemoryError: {needed}; the card is full: give a smaller minimize.batch_size, ")
     assert "card" not in one_line(OutOfMemoryError("the node ran low on memory"))  # Ray's, of the host
 
