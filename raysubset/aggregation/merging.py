@@ -15,6 +15,7 @@ from raysubset.aggregation.methods import combine_in, method_of
 from raysubset.aggregation.records import Aggregate, Context, Minimum
 from raysubset.config import AggregationConfig, MinimizeConfig
 from raysubset.data import Examples
+from raysubset.errors import with_article
 from raysubset.models import averaged_names, trainable_names
 from raysubset.tasks import Classification, TensorInputs
 from raysubset.training import Metrics, Weights
@@ -63,6 +64,9 @@ def merge(
     config = AggregationConfig(method=config) if isinstance(config, str) else config
     if not members:
         raise ValueError("there are no members to merge")
+    for number, member in enumerate(members):
+        if not isinstance(member, Mapping):
+            raise ValueError(f"member {number} is {with_article(member)}: give state dicts, as model.state_dict()")
     for name, values in (("sizes", sizes), ("losses", losses), ("statistics", statistics)):
         if values is not None and len(values) != len(members):
             raise ValueError(f"{name} has {len(values)} entries for {len(members)} members: give one each")
