@@ -477,7 +477,7 @@ def test_report_is_printed_again(finished: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])  # the driver's own, and what it tells of an actor's
 @pytest.mark.parametrize(
-    ("number", "way_out"), [(errno.ENOSPC, "make room there"), (errno.EROFS, "choose a place that you may write to")]
+    ("number", "way_out"), [(errno.ENOSPC, "make room there"), (errno.EROFS, "make it writable and repeat this")]
 )
 def test_storage_that_takes_no_more_is_told_with_the_way_out(
     number: int,

@@ -36,7 +36,9 @@ QUICK: dict[str, Any] = {  # the options of `compare --quick`
     "arms": ("B", "D", "G", "H"),
 }
 
-_WAYS_OUT = dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "; choose a place that you may write to")
+_WAYS_OUT = dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM), "; make it writable and repeat this, or choose another place"
+)
 _WAYS_OUT |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "; make room there: the same command then resumes")
 
 STARTING = f"raysubset {__version__} starts: torch and Ray are loaded"
