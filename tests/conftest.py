@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`pytest -n 2`: files go one by one to who is free. One process takes those that start Ray, and waits most of the
+    """`pytest -n 3`: files go one by one to who is free. One process takes those that start Ray, and waits most of the
     time; the others take all else meanwhile, then they help with a cluster of their own."""
     from xdist.scheduler import LoadScopeScheduling
 
