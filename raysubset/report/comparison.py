@@ -128,9 +128,7 @@ def _basis(record: Record) -> Iterator[Line]:
 def _command(record: Record) -> str:
     """Return `raysubset compare` with the options that the record holds."""
     config, seeds, tuning, regime = record["config"], record["seeds"], record["tuning"], record["regime"]
-    settings = next(
-        arm["settings"] for arm in record["arms"] if arm["key"] == "B"
-    )  # of a grid of one, which is not run
+    (settings,) = (arm["settings"] for arm in record["arms"] if arm["key"] == "B")  # of a grid of one, which is not run
     options = ["--seeds", str(len(seeds)), "--arms", *(arm["key"] for arm in record["arms"]), "--budgets"]
     budgets = {point["budget"] for arm in record["arms"] if arm["key"][0] != "A" for point in arm["points"]}
     options += map(exactly, sorted(budgets))

@@ -94,8 +94,9 @@ class _Job:
 class Minimizer:
     """Minimizes on one piece of work at a time, or on a pack of them, on the device that this process was given.
 
-    Its output in the run directory is a pure function of the piece. If the process dies, another resumes from the last
-    checkpoint. Other threads may call reports() and request_stop() meanwhile.
+    Its output in the run directory is a pure function of the piece; in a pack it is so to rounding, as torch rounds
+    otherwise for another number of members, which resume in the pack that is left. If the process dies, another resumes
+    from the last checkpoint. Other threads may call reports() and request_stop() meanwhile.
 
     Several workers of a Ray Train job do a piece together, each with its shard of every batch. The first alone writes
     to the run directory. If one dies, the group has to start again; it resumes from the last checkpoint, too.
