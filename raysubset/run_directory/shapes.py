@@ -94,13 +94,14 @@ _AT_BANDWIDTH = {"gbit_per_s": _NUMBER, "ways": {"*": _FASTEST}, "fastest": [str
 _REGIME = {"overdetermination_ratio": _RATIOS, "text?": str, "by_bandwidth?": [_AT_BANDWIDTH]}
 _COMPARISON = (
     _HEAD
-    | {"config": _CONFIG, "environment": (_ENVIRONMENT,), "data": _DATA, "model": _MODEL, "seeds": [int]}
+    | {"config": _CONFIG | {"minimize": {"batch_size": int}}, "environment": (_ENVIRONMENT,)}
+    | {"data": _DATA, "model": _MODEL, "seeds": [int]}
     | {"regime": _REGIME | _all(int, "num_subsets num_parameters num_workers")}
     | {"margin": _NUMBER, "arms": [_ARM], "failed": {"*": str}, "legs": {"*": _LEG}, "network": _NETWORK}
     | {"conventional": _all(_NUMBER, "budget test_{} target_{}")}
     | {"speed_ups": _all({"*": {"interval": _INTERVAL}}, "total critical_path")}
     | {"verdicts": _all(_all(str, "word text") | {"is_smoke_test?": bool}, "total critical_path")}
-    | {"tuning": {"tried": [_SETTINGS | {"arm": str, "validation_loss": _LOSS}], "passes": _NUMBER}}
+    | {"tuning": {"tried": [_SETTINGS | {"arm": str, "validation_loss": _LOSS}], "passes": _NUMBER, "at_edge?": [str]}}
 )
 
 _PACKING = {"taken": bool, "per_actor": int, "reason?": str, "num_members?": int, "ratio?": _NUMBER}
