@@ -67,7 +67,7 @@ def test_settings_of_a_recipe_are_idle_if_they_change_no_bit(optimizer: str, kin
         "trunk.epochs": 0.0,
         "fine_tuning.epochs": 0.0,
         "minimize.epochs": 6.0 if "swa" in kind.values() else 3.0,  # of which it averages the last quarter
-        "minimize.batch_size": 6,
+        "minimize.batch_size": 4,
         "minimize.patience": 0,
     }
     base |= {"minimize.optimizer": optimizer, "minimize.learning_rate": rate.get(optimizer, 0.05)}

@@ -264,11 +264,10 @@ def test_a_packed_state_is_the_loops_own_and_goes_on_in_either(optimizer: Any, s
     assert_same(taken, expected)
 
     whole, _ = members.one_by_one(config)
-    of_pack, of_loop = ([states[i] for i in range(3)] for states in (taken, expected))
-    ends = [members.packed(config, states=states) for states in (of_pack, of_loop, [taken[0], None, expected[2]])]
-    for models, _ in (*ends, members.one_by_one(config, states=of_pack)):
-        for model, reference in zip(models, whole, strict=True):
-            assert_same(weights(model), weights(reference))
+    for states in ([taken[i] for i in range(3)], [expected[i] for i in range(3)], [taken[0], None, expected[2]]):
+        for models, _ in (members.packed(config, states=states), members.one_by_one(config, states=states)):
+            for model, reference in zip(models, whole, strict=True):
+                assert_same(weights(model), weights(reference))
 
 
 class ConvolvedLayouts(TorchDispatchMode):

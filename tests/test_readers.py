@@ -1005,8 +1005,8 @@ def test_decoding_and_quantising_hold_the_images_once():
         tracemalloc.stop()
         return peak
 
-    one = encode(np.zeros((100, 100, 3), np.uint8))  # tracemalloc sees numpy's memory
-    assert peak(lambda: decode_images(EncodedImages(800, lambda _: one, str), None)) < 1.6 * 800 * 100 * 100 * 3
+    one = encode(np.zeros((40, 40, 3), np.uint8))  # tracemalloc sees numpy's memory
+    assert peak(lambda: decode_images(EncodedImages(5000, lambda _: one, str), None)) < 1.6 * 5000 * 40 * 40 * 3
     floats = np.zeros((1000, 64, 64, 1), np.float64)
     assert peak(lambda: as_images(floats, "it", None)) < floats.nbytes / 4
 

@@ -569,7 +569,7 @@ def test_every_variation_differs_from_the_plain_run_and_learns():
     data, ends = examples(60), {}
     for name, variation in {"none": {}, **VARIATIONS}.items():
         model = cnn()
-        result = minimize(model, data, replace(STEADY, epochs=4, **variation), seed=3)
+        result = minimize(model, data, replace(STEADY, epochs=8, **variation), seed=3)
         assert result.history[-1].loss < 0.9 * math.log(3), name
         ends[name] = weights(model)
     different = {name for name in VARIATIONS if not same_bits(ends[name], ends["none"])}

@@ -128,7 +128,7 @@ def test_stopped_anywhere_and_resumed_from_a_file_it_ends_at_the_same_bits(netwo
 
     whole = minimize(unbroken, data, recipe, seed=0, on_step=keep)
     assert len(states) > 2
-    for state in (states[0], states[len(states) // 2], states[-1]):
+    for state in (states[0], states[len(states) // 2], states[-2], states[-1]):
         model = network(seed=9)
         again = minimize(model, data, recipe, seed=0, state=state)
         assert same_bits(weights(model), weights(unbroken))
