@@ -101,7 +101,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "packed": {"subsets.per_actor": 2},
     "streamed": {"data.streamed": True, **FINE_TUNED},
 }
-UNTOLD = {  # what tells of time, place or machine, and words; bytes go by which actor was free
+UNTOLD = {  # what tells of time, place or machine, and words; bytes go by which actor was free; what records got later
     "advice",
     "at_edge",
     "by_bandwidth",

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 from raysubset.cluster import refuse_unplaceable
@@ -18,7 +18,7 @@ from raysubset.legs import Leg, LegRunner, closure
 from raysubset.planning import Plan
 from raysubset.work import Run
 
-_TUNED = ("learning_rate", "batch_size")  # the fields of Settings
+_TUNED = tuple(field.name for field in fields(Settings))
 STANDING_S = 1.0  # between two reports of how the arms stand, while legs proceed
 
 Finals = Mapping[Arm, Mapping[float, Mapping[int, Leg]]]

@@ -11,6 +11,7 @@ from raysubset.config.files import read_config
 from raysubset.config.inputs import (
     ARROW_SUFFIXES,
     DATA_NAMES,
+    DELIMITERS,
     EMBEDDED_NAMES,
     NUM_SUBSETS,
     TABLE_SUFFIXES,

@@ -15,7 +15,8 @@ EMBEDDED_NAMES = ("digits", "breast_cancer", "wine", "iris", "diabetes", "python
 DATA_NAMES = (*EMBEDDED_NAMES, "mnist", "fashion_mnist", "cifar10", "cifar100")
 
 ARROW_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
-TABLE_SUFFIXES = (*ARROW_SUFFIXES, ".csv", ".tsv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TABLE_SUFFIXES = (*ARROW_SUFFIXES, *DELIMITERS)
 TEXT_SUFFIXES = (".txt",)
 
 # Default (width, depth). The CNN's keep Q of four subsets of digits, a quarter of the set each, above one (Q = 2.2).

@@ -8,9 +8,9 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from raysubset.config import DELIMITERS
 from raysubset.tasks.columns import is_number
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 HEADER_BYTES = 2**20  # in which the header ends
 _LARGEST_BLOCK = 2**31 - 1  # bytes

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
-from raysubset.config import TEXT_SUFFIXES, DataConfig, TaskConfig
-from raysubset.data.csv_files import DELIMITERS, HEADER_BYTES, header, read_csv
+from raysubset.config import DELIMITERS, TEXT_SUFFIXES, DataConfig, TaskConfig
+from raysubset.data.csv_files import HEADER_BYTES, header, read_csv
 from raysubset.data.decoding import Source, SourceSplit
 from raysubset.data.finding import DataFiles
 from raysubset.data.image_columns import with_full_paths

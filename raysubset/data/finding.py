@@ -12,8 +12,15 @@ from typing import Literal, TypeVar, get_args
 from PIL import Image, ImageFile
 from pyarrow import fs
 
-from raysubset.config import ARROW_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, DataConfig, nearest, nothing_there
-from raysubset.data.csv_files import DELIMITERS
+from raysubset.config import (
+    ARROW_SUFFIXES,
+    DELIMITERS,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    DataConfig,
+    nearest,
+    nothing_there,
+)
 from raysubset.data.layout import (
     Layout,
     Placed,

@@ -27,7 +27,7 @@ def idle_settings(config: Config) -> list[Note]:
     optimizer, loop or aggregation, which receive all settings.
     """
     values, defaults = flatten(config.to_dict()), flatten(Config().to_dict())
-    tracking = (config.tracking.to == "none", "tracking", "project group", "no tracker follows the run (tracking.to)")
+    tracking = (not config.tracking.names(), "tracking", "project group", "no tracker follows the run (tracking.to)")
     rows = [
         tracking,
         *_of_minimizing(config),
