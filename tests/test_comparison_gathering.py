@@ -199,6 +199,21 @@ def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_worker_measures_alone_and_fewer_workers_than_asked_for_lengthen_the_critical_path(
+    compared: Compared, monkeypatch: pytest.MonkeyPatch
+):
+    def works(one: Leg) -> list[Work]:
+        cost = Cost(num_forward=90, num_backward=60, device_s=1.0)  # of 100 examples: 0.6 passes, 0.3 / 3 to measure
+        entry = Work(one.stage, 0, None, 0, "node", "cpu", 0.0, ended_at=1.0, outcome="lost", cost=cost, num_workers=3)
+        return [entry, replace(entry, attempt=1, outcome="done", num_workers=2, num_lone_forward=30)]
+
+    monkeypatch.setattr(Done, "works", works)
+    for arm in compared(R2, 0.8)["arms"]:
+        for run in (run for point in arm["points"] for run in point["runs"]):
+            assert run["passes"] == pytest.approx(2 * 0.7)
+            assert run["critical_path_passes"] == pytest.approx(0.7 / 3 + 0.6 / 2 + 0.1)
+
+
 def test_all_reduces_of_a_trunk_and_of_fine_tuning_are_sent_beside_the_weights_of_rounds():
     last = leg("H:rounds.num=2", overrides={"trunk.num_workers": 2, "fine_tuning.num_workers": 3})
     steps = {"trunk": 5, "fine_tuning": 7}

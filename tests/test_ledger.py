@@ -5,8 +5,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from raysubset.pipeline.run_report import cost_record
 from raysubset.run_directory import RunDirectory
 from raysubset.run_directory.ledger import (
     LOST,
@@ -121,6 +123,15 @@ class TestEntries:
         assert [one.subset for one in ledger.read()] == [0]
         assert "ledger/subsets-0000-0001-00.json" in caplog.text
         assert ledger.lacking([("subsets", 0, 0)]) == ["ledger/subsets-0000-0001-00.json"]
+
+    def test_entries_from_before_lone_work_was_told_apart_are_read(self, run, ledger):
+        older = work(subset=1).to_dict()
+        del older["num_lone_forward"]
+        run.write_json("ledger/subsets-0000-0001-00.json", older)
+        run.write_table("ledger.parquet", pa.Table.from_pylist([older | {"subset": 0}]))
+        assert sorted(ledger.read(), key=lambda one: one.subset or 0) == [work(subset=0), work(subset=1)]
+        ledger.compact()
+        assert len(ledger.read()) == 2
 
     def test_entries_that_are_gone_are_told_by_the_work_that_is_done_and_the_numbers_of_attempts(self, run, ledger):
         ledger.write(work(subset=0, attempt=2))
@@ -256,8 +267,15 @@ class TestSums:
 
     def test_the_critical_path_takes_the_longest_subset_of_each_round_and_divides_by_workers(self):
         # trunk, subset 0 of round 0 with both attempts, aggregation, subset 1 of round 1, half the fine-tuning
-        passes = critical_path(WORKS, lambda work: work.cost.passes(300, 1 / 3) / work.num_workers)
+        passes = critical_path(WORKS, lambda work: work.critical_passes(300, 1 / 3))
         assert passes == pytest.approx(1 + 2 / 3 + 1 / 3 + 1 + 2 / 2)
+
+    def test_what_one_of_several_workers_does_alone_is_not_divided_by_them(self):
+        cost = Cost(num_forward=900, num_backward=600)  # two passes, and 300 examples that one measures: a third
+        measured = work("trunk", cost=cost, num_workers=4, num_lone_forward=300)
+        assert measured.critical_passes(300, 1 / 3) == pytest.approx(2 / 4 + 1 / 3)
+        costs = cost_record([measured], 300, 1 / 3, overlap=False)
+        assert (costs["passes"], costs["critical_path_passes"]) == pytest.approx((2 + 1 / 3, 2 / 4 + 1 / 3))
 
     def test_its_seconds_are_counted_the_same_way(self):
         assert critical_path(WORKS, lambda work: work.wall_s) == 10 + (4 + 5) + 1 + 7 + 8

@@ -1,6 +1,7 @@
 """Two workers that do a piece together: real processes and gloo, a Minimizer in each, without Ray."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def trunk(folder: Path, name: str) -> Piece:
     return Piece(config, RunDirectory(str(folder), name), "trunk", by_train=True)
 
 
-def minimize(piece: Piece, shard: Shard, attempt: int, *, dies: bool = False) -> object:
+def minimize(piece: Piece, shard: Shard, attempt: int, *, dies: bool = False) -> list[Any]:
     full_set = load_full_set(piece.config.data)
     minimizer = Minimizer(lambda: full_set, num_gpus=0, node="there", shard=shard)
 
@@ -112,7 +113,10 @@ def test_two_workers_do_what_one_does(folder):
     assert (by_one.num_workers, by_both.num_workers) == (1, 2)
     assert by_one.cost.num_forward == by_both.cost.num_forward
     assert by_one.cost.num_steps == by_both.cost.num_steps == 42
-    histories = [trunk(folder, name).record()["history"] for name in ("plain alone", "plain")]
+    # the first measures the result alone: training and validation data, without batch norms to renew
+    assert (by_one.num_lone_forward, by_both.num_lone_forward) == (0, 1294 + 144)
+    records = [trunk(folder, name).record() for name in ("plain alone", "plain")]
+    histories = [record["history"] for record in records if record]
     assert [len(history) for history in histories] == [2, 2]
     for mine, theirs in zip(*histories, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

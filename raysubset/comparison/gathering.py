@@ -170,6 +170,11 @@ class Legs:
         """Return the passes of one leg, with every attempt and evaluation."""
         return total_cost(self.works(leg)).passes(self._num_train, self._plan.forward_share)
 
+    def critical_passes(self, leg: Leg) -> float:
+        """Return likewise its passes on the critical path."""
+        sizes = self._num_train, self._plan.forward_share
+        return math.fsum(work.critical_passes(*sizes) for work in self.works(leg))
+
     def reads(self, leg: Leg) -> float:
         """Return how often the leg reads a streamed training set from storage, without reading again after losses."""
         train = self._full_set.train
@@ -224,7 +229,7 @@ class Legs:
             "leg": leg.key,
             "error": None,
             "passes": cost.passes(self._num_train, self._plan.forward_share),
-            "critical_path_passes": critical_path(legs, lambda each: self.passes(each) / each.num_workers),
+            "critical_path_passes": critical_path(legs, self.critical_passes),
             "num_steps": cost.num_steps,
             "device_s": cost.device_s,
             "critical_path_s": critical_path(legs, lambda each: sum(work.wall_s for work in self.works(each))),

@@ -153,7 +153,7 @@ def cost_record(
         return {
             "passes": total.passes(num_train, forward_share),
             "critical_path_passes": critical_path(
-                some, lambda work: work.cost.passes(num_train, forward_share) / work.num_workers, overlap=overlap
+                some, lambda work: work.critical_passes(num_train, forward_share), overlap=overlap
             ),
             "num_steps": total.num_steps,
             "device_s": total.device_s,

@@ -58,6 +58,7 @@ class Work:
     waited_s: float = 0.0  # in the queue, before the start
     error: str | None = None
     num_workers: int = 1
+    num_lone_forward: int = 0  # of cost.num_forward, what one of several workers passed alone: it measures the result
     num_network_bytes: int = 0
     """Bytes that the work's processes have sent or fetched, each transfer once, as if each process had its own node.
 
@@ -75,6 +76,11 @@ class Work:
         """Seconds from the start to the end; without an end, to the last heartbeat."""
         return self.cost.device_s / self.num_workers if self.ended_at is None else self.ended_at - self.started_at
 
+    def critical_passes(self, num_train: int, forward_share: float) -> float:
+        """Return its passes on the critical path: workers share its work, but not what one of them does alone."""
+        alone = Cost(num_forward=self.num_lone_forward).passes(num_train, forward_share)
+        return alone + (self.cost.passes(num_train, forward_share) - alone) / self.num_workers
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
         return asdict(self)
@@ -87,7 +93,8 @@ class Work:
             ValueError: if the record is not an entry, or lacks a value.
         """
         work = from_tree(cls, record, noun="value of a ledger entry")
-        if work.to_dict() != record:  # from_tree() fills in what is missing, so that its cost would count as 0
+        # from_tree() fills in what is missing, so that its cost would count as 0. Older entries have no lone work
+        if work.to_dict() != {"num_lone_forward": 0} | record:
             raise ValueError("values of a ledger entry are missing")
         return work
 

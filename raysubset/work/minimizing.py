@@ -239,10 +239,13 @@ class Minimizer:
     def _cost_so_far(self, number: int) -> Cost:
         return self._progress[number].cost if number in self._progress else Cost()
 
-    def _close(self, work: Work, outcome: Outcome, cost: Cost, *, error: str | None = None) -> None:
+    def _close(
+        self, work: Work, outcome: Outcome, cost: Cost, *, num_lone_forward: int = 0, error: str | None = None
+    ) -> None:
         """Close a ledger entry. The bytes that a pack moved for all count with the first entry that is closed."""
         ended_at = work.started_at + time.perf_counter() - self._started  # a clock that is set changes no duration
-        self._write(replace(work, outcome=outcome, ended_at=ended_at, error=error, cost=cost), taken_bytes())
+        ended = replace(work, outcome=outcome, ended_at=ended_at, error=error, cost=cost)
+        self._write(replace(ended, num_lone_forward=num_lone_forward), taken_bytes())
         self._closed.append(work)
 
     def _write(self, work: Work, num_bytes: int = 0) -> None:
@@ -495,7 +498,9 @@ class Minimizer:
                 "attempt": job.work.attempt,
                 "peak_bytes": peak_bytes(device),
             }
-        self._close(job.work, "done", cost)  # before the record: without that, all of this work is done again
+        num_lone = measured.num_forward if self._shard.num > 1 else 0
+        # Before the record: without that, all of this work is done again
+        self._close(job.work, "done", cost, num_lone_forward=num_lone)
         run.write_json(minimum_path(folder), record)
         for path in self._checkpoints(piece):
             run.delete(path)
