@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from raysubset.comparison import checks, compare, gathering
+from raysubset.comparison.advice import measured_lines
 from raysubset.comparison.arms import ALL_ARMS, Settings, parse_arm
 from raysubset.comparison.gathering import gather
 from raysubset.comparison.network import Exchange
@@ -150,6 +151,16 @@ def test_a_quality_that_is_not_finite_is_neither_as_good_nor_shown_to_be_worse(c
     assert not point["is_non_inferior"]
     assert record["verdicts"]["total"]["word"] == "inconclusive"
     assert record["speed_ups"]["total"] == {}
+
+
+def test_a_speed_up_of_which_no_seed_tells_anything_is_shown_as_unknown(compared: Compared):
+    record = compared(R2, 0.2)
+    interval = {"estimate": None, "low": 0.0, "high": None, "coverage": 0.94, "num": 5}
+    record["speed_ups"]["total"]["D"]["interval"] = interval
+    assert "one subset | – [0.00, …] 94% | 0.00 " in words(record)
+    at = SimpleNamespace(s_per_pass=1.0)
+    record["speed_ups"]["critical_path"]["D"]["interval"] = interval
+    assert "speed-up" not in list(measured_lines(record, at))[-1]  # pyright: ignore[reportArgumentType]
 
 
 def test_the_time_of_a_pass_is_that_of_the_baselines_runs_that_finished(compared: Compared):

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from raysubset.comparison.statistics import (
     speed_up,
     t_interval,
 )
-from raysubset.comparison.verdict import Verdict, judge
+from raysubset.comparison.verdict import Verdict
+from raysubset.comparison.verdict import judge as judged_by
 from raysubset.quality import ACCURACY
 
-judge = partial(judge, quality=ACCURACY)
+judge = partial(judged_by, quality=ACCURACY)
 
 BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0)
 SEEDS = range(5)
@@ -112,6 +114,17 @@ def test_of_two_that_have_it_at_once_nothing_is_known():
     assert (found.interval.low, found.interval.high) == (0.0, math.inf)
 
 
+def test_a_pair_that_both_miss_tells_nothing_and_the_others_have_the_estimate():
+    missing = curve(shift=-0.2)
+    base = {0: curve(), 1: curve(), 2: missing, 3: missing}
+    found = speed_up(base, {0: curve(cost=1.5), 1: missing, 2: missing}, 0.93)
+    assert found.per_seed == {0: pytest.approx(1.5), 1: 0.0, 2: pytest.approx(math.nan, nan_ok=True), 3: ANY}
+    assert [found.bounds[seed] for seed in base] == ["exact", "exact", "unknown", "unknown"]
+    assert (found.interval.estimate, found.interval.num) == (pytest.approx(0.75), 4)
+    assert (found.interval.low, found.interval.high) == (0.0, math.inf)
+    assert math.isnan(speed_up({2: missing}, {2: missing}, 0.93).interval.estimate)
+
+
 def test_differences_are_paired_by_seed():
     found = paired_difference({0: 0.91, 1: 0.81, 9: 0.1}, {0: 0.90, 1: 0.80})
     assert found is not None
@@ -176,6 +189,26 @@ def test_of_arms_with_equal_speed_ups_the_one_that_may_be_the_fastest_is_named()
     assert (found.interval.estimate, worse.interval.estimate) == (0.0, 0.0)
     judged = judge([], {"H": worse, "D": found}, conventional_passes=8, margin=0.005, num_seeds=5)
     assert (judged.word, judged.arm) == ("vacuous", "D")
+
+
+def test_what_nobody_reached_shows_no_arm_vacuous_and_is_told():
+    reached, missing = curve(), curve(shift=-0.2)
+    base = {0: reached, 1: reached, 2: missing}
+    all_miss = dict.fromkeys(base, missing)
+    judged = judge([], {"G": speed_up(base, all_miss, 0.93)}, conventional_passes=8, margin=0.005, num_seeds=5)
+    assert judged.word == "inconclusive"
+    assert judged.text.endswith(
+        "some seeds neither conventional training nor G reached the quality: give larger budgets."
+    )
+    known = dict.fromkeys(base, reached)
+    judged = judge([], {"G": speed_up(known, all_miss, 0.93)}, conventional_passes=8, margin=0.005, num_seeds=5)
+    assert judged.word == "vacuous"  # as ever, if conventional training reaches it with every seed
+    nothing = speed_up(all_miss, all_miss, 0.93)
+    both = {"G": nothing, "D": speed_up(known, all_miss, 0.93)}
+    judged = judge([], both, conventional_passes=8, margin=0.005, num_seeds=5)
+    assert (judged.word, judged.arm) == ("inconclusive", "D")
+    judged = judge([], {"G": nothing}, conventional_passes=8, margin=0.005, num_seeds=5)
+    assert "G's speed-up is unknown" in judged.text
 
 
 def test_an_arm_that_never_ran_decides_nothing():

@@ -124,7 +124,9 @@ def measured_lines(record: dict, advice: Advice) -> Iterator[str]:
             continue
         computed, measured = mean["critical_path_passes"] * per_pass, mean["critical_path_s"]
         entry = record["speed_ups"]["critical_path"].get(arm["key"])
-        speed_up = "" if entry is None else f"; speed-up at equal quality {entry['interval']['estimate']:.2f}"
+        speed_up = ""
+        if entry is not None and (estimate := entry["interval"]["estimate"]) is not None:
+            speed_up = f"; speed-up at equal quality {estimate:.2f}"
         yield (
             f"{arm['key']} at {point['budget']:g} passes: critical path computed {computed:.3g} s, measured "
             f"{measured:.3g} s; {quality.phrase(mean[f'test_{quality.name}'])} on test{speed_up}."

@@ -83,7 +83,7 @@ def passes_needed(curve: Curve, target: float) -> tuple[float, Bound]:
 class SpeedUp:
     """The passes that conventional training needs for a quality, over those that an arm needs, paired by seed."""
 
-    per_seed: Mapping[int, float]  # 0 if the arm misses the quality at every budget, or failed
+    per_seed: Mapping[int, float]  # 0 if the arm misses the quality at every budget, or failed; NaN if nothing is known
     bounds: Mapping[int, Bound]  # whether the value is S itself, a lower or upper bound of S, or says nothing
     interval: Interval  # the geometric mean by Student's t on log S; or the median with [min, max]
 
@@ -91,20 +91,25 @@ class SpeedUp:
 def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: float) -> SpeedUp:
     """Return S of an arm at a quality, given as a gain, for each seed of the baseline.
 
-    S is 0 for a seed with which the arm misses the quality or has no curve. If the baseline misses it, or the arm
-    reaches it at its smallest budget, the ratio of passes is a lower bound of S; if the baseline reaches it at its
-    smallest budget, an upper bound; if both hold, S is unknown. With any such seed the interval is [min, max] with its
-    own coverage, opened on the side that is unknown.
+    S is 0 for a seed with which the baseline reaches the quality and the arm misses it, or has no curve. If the
+    baseline misses it, or the arm reaches it at its smallest budget, the ratio of passes is a lower bound of S; if the
+    baseline reaches it at its smallest budget, an upper bound; if both hold, S is unknown. With any such seed the
+    interval is [min, max] with its own coverage, opened on the side that is unknown.
+
+    A seed with which neither reaches the quality tells nothing, NaN: S may be anything, so the interval is opened on
+    both sides. The estimate is the median of the other seeds, or NaN. A verdict can then be neither confirmed nor
+    vacuous by this arm; refuted does not rest on S.
     """
     per_seed: dict[int, float] = {}
     bounds: dict[int, Bound] = {}
     for seed, curve in baseline.items():
         arm_curve = arm.get(seed, ())
         needed, bound = passes_needed(arm_curve, target) if arm_curve else (math.inf, "at_least")
-        if bound == "at_least":
-            per_seed[seed], bounds[seed] = 0.0, "exact"
-            continue
         base, base_bound = passes_needed(curve, target)
+        if bound == "at_least":
+            is_told = base_bound != "at_least"
+            per_seed[seed], bounds[seed] = (0.0, "exact") if is_told else (math.nan, "unknown")
+            continue
         is_above, is_below = base_bound == "at_least" or bound == "at_most", base_bound == "at_most"
         per_seed[seed] = base / needed
         bounds[seed] = _BOUNDS[is_above, is_below]
@@ -113,7 +118,8 @@ def speed_up(baseline: Mapping[int, Curve], arm: Mapping[int, Curve], target: fl
         logs = t_interval([math.log(value) for value in values])
         interval = Interval(_exp(logs.estimate), _exp(logs.low), _exp(logs.high), logs.coverage, logs.num)
     else:
-        interval = range_interval(values)
+        told = [value for value in values if not math.isnan(value)]
+        interval = replace(range_interval(values), estimate=statistics.median(told) if told else math.nan)
         if kinds & {"at_most", "unknown"}:
             interval = replace(interval, low=0.0)
         if kinds & {"at_least", "unknown"}:

@@ -44,6 +44,9 @@ def judge(
     3. Confirmed: an arm is non-inferior at no more than a tenth, and the whole interval of its speed-up is at least 10.
     4. Otherwise inconclusive.
 
+    If neither an arm nor the conventional runs reach the quality with some seed, the arm's speed-up may be anything. It
+    is then neither vacuous nor confirmed.
+
     Args:
         cheap: arms of subset pretraining at budgets of no more than a tenth of the conventional cost, each with its
             gain: test quality minus the conventional run's, paired by seed, so that more is better.
@@ -57,7 +60,12 @@ def judge(
     prefix = f"With {num_seeds} seeds, a smoke test: " if is_smoke_test else ""
     if not speed_ups:
         return Verdict("inconclusive", f"{prefix}no arm of subset pretraining finished.", None, None, is_smoke_test)
-    best = max(speed_ups, key=lambda arm: (speed_ups[arm].interval.estimate, speed_ups[arm].interval.high, arm))
+
+    def standing(arm: str) -> tuple[float, float, str]:
+        interval = speed_ups[arm].interval
+        return -1.0 if math.isnan(interval.estimate) else interval.estimate, interval.high, arm
+
+    best = max(speed_ups, key=standing)
     limit = f"{TENTH:g} of the conventional cost ({TENTH * conventional_passes:.3g} passes)"
     of_best = f"{best}'s speed-up is {describe_speed_up(speed_ups[best].interval)}"
     good = {arm for arm, gain in cheap if gain.low > -margin}
@@ -76,10 +84,17 @@ def judge(
     else:
         why = "" if cheap else f" no arm was run at {limit};"
         text = f"neither shown nor refuted:{why} {of_best}."
+        if untold := sorted(arm for arm in speed_ups if any(map(math.isnan, speed_ups[arm].per_seed.values()))):
+            names = ", ".join(untold)
+            text += (
+                f" With some seeds neither conventional training nor {names} reached the quality: give larger budgets."
+            )
     return Verdict(word, prefix + text, arm, speed_ups[arm].interval, is_smoke_test)
 
 
 def describe_speed_up(interval: Interval) -> str:
-    """Return '1.30 (95% interval 0.90 to 1.80)'."""
+    """Return '1.30 (95% interval 0.90 to 1.80)'; 'unknown' if no seed tells anything."""
+    if math.isnan(interval.estimate):
+        return "unknown"
     high = "any" if math.isinf(interval.high) else f"{interval.high:.2f}"
     return f"{interval.estimate:.2f} ({interval.coverage:.0%} interval {max(interval.low, 0):.2f} to {high})"

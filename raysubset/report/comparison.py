@@ -220,18 +220,20 @@ def _speed_ups(record: Record) -> Section:
     )
     lines = (
         "S: passes that conventional training needs for the quality above, divided by those the arm needs; 0 if it "
-        "never reaches it. Geometric mean with Student's t interval on log S; if a seed is missing or beyond the "
-        "budgets, the median with the least and largest, and the coverage of that.",
+        "alone never reaches it. Geometric mean with Student's t interval on log S; if a seed is missing or beyond the "
+        "budgets, the median with the least and largest, and the coverage of that. A seed with which neither reaches "
+        "it tells nothing, so that S may be anything.",
     )
     arms = [arm for arm in record["arms"] if arm["key"] in ups["total"]]
     return table("Speed-up at equal quality", arms, columns, lines)
 
 
 def _speed_up(interval: Record) -> str:
+    estimate = formatted(interval["estimate"], ".2f", none="–")
     if interval["num"] < _FEWEST_SEEDS:
-        return f"{interval['estimate']:.2f}"
+        return estimate
     span = f"[{interval['low'] or 0.0:.2f}, {formatted(interval['high'], '.2f', none='…')}]"
-    return f"{interval['estimate']:.2f} {span} {interval['coverage']:.0%}"
+    return f"{estimate} {span} {interval['coverage']:.0%}"
 
 
 def _network(record: Record) -> Section:
