@@ -139,6 +139,9 @@ def test_numbers_of_a_comparison_are_in_the_qualitys_units(compared: Compared):
     # the baseline comes within 0.01 of its 8 passes at 2^2.9, a second each on any network; D never gets there
     assert {(way, one["arm"]) for ways in at.values() for way, one in ways.items()} == {("one device", "B")}
     assert at[2.0]["one device"]["seconds"] == pytest.approx(2**2.9, rel=0.02)
+    for ways in (one["ways"] for one in record["regime"]["by_bandwidth"]):
+        ways["one device"]["is_upper_bound"] = True
+    assert "at most 7.4" in words(record)
     assert {run["storage_reads"] for arm in record["arms"] for point in arm["points"] for run in point["runs"]} == {0.0}
     assert "reads" not in told
     assert "accuracy" not in told

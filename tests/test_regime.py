@@ -80,6 +80,25 @@ def test_a_way_that_gets_there_with_some_seeds_alone_is_not_told_apart():
     assert told.endswith("one device with some seeds alone.")
 
 
+def at_once(passes: float, num_bytes: float) -> dict[int, list[tuple[Communication, float]]]:
+    """Curves that are above 0.9 at their smallest budget."""
+    return {seed: points[:1] for seed, points in curves(passes=passes, num_bytes=num_bytes).items()}
+
+
+def test_a_way_that_its_smallest_budget_takes_there_may_be_the_faster_one():
+    found = at(1.0, B=("one device", at_once(8, 0)))  # 80 s at most: it may have been there after 50
+    assert found.fastest == ("subset pretraining", "one device")
+    assert [found.ways[way].is_upper_bound for way in found.fastest] == [False, True]
+    told = regime_text(found, quality="90.00 %", place="With 4 workers", is_complete=True, num_seeds=5)
+    assert "subset pretraining (H) 58 s, one device (B) at most 80 s, data-parallel training (I) 840 s." in told
+    found = at(1.0, H=("subset pretraining", at_once(5, 1e9)))  # 58 s at most are fewer than the others' all the same
+    assert found.fastest == ("subset pretraining",)
+    # so they are if another arm of that way stands for it
+    slow = at(1000.0, D=("subset pretraining", at_once(70, 0)))
+    assert slow.fastest == ("data-parallel training", "subset pretraining")
+    assert (slow.ways["subset pretraining"].arm, slow.ways["subset pretraining"].is_upper_bound) == ("H", True)
+
+
 def test_arms_are_of_the_way_they_train():
     assert [way_of(*one) for one in (("I", "control"), ("H", "candidate"), ("F", "control"), ("B", "baseline"))] == [
         "data-parallel training",

@@ -4,18 +4,20 @@ The rule is fixed beforehand:
 1. The quality is that of the verdicts: the conventional run's on test data, less the margin.
 2. An arm's seconds, by seed, are where its cost curve over wall time reaches the quality. Wall time is the third clock:
    passes on the critical path × seconds of a pass on one device + bytes through the slowest link × 8 / bandwidth.
+   If the arm reaches the quality at its smallest budget already, they are an upper bound.
 3. There are three ways: one device, data-parallel training, subset pretraining. Each is represented by its fastest arm
    (geometric mean over seeds) among those that reach the quality with every seed.
 4. The fastest way is named alone if it is faster than each other way: the 95 % interval of the log of their ratio of
    seconds, paired by seed, lies wholly on its side. Otherwise the ways that cannot be told apart from it are named too.
-   That includes a way that reaches the quality with some seeds only: it may be the faster one where it does.
+   That includes a way that reaches the quality with some seeds only: it may be the faster one where it does. It also
+   includes a way with an arm of which the seconds are an upper bound: smaller budgets might show it to be the faster.
 5. With fewer than five seeds it is called a smoke test, like a verdict.
 """
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from raysubset.comparison.network import Communication
@@ -34,6 +36,10 @@ class Fastest:
     arm: str
     seconds: float  # geometric mean over seeds
     per_seed: Mapping[int, float]
+    is_upper_bound: bool = False  # an arm of this way reaches the quality at its smallest budget already
+
+    def in_words(self) -> str:
+        return f"{'at most ' * self.is_upper_bound}{self.seconds:.3g} s"
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def regime_at(
     """
     ways: dict[Way, Fastest] = {}
     reached: set[Way] = set()  # with one seed or more
+    bounded: set[Way] = set()  # at an arm's smallest budget
     for key, (way, curves) in arms.items():
         per_seed: dict[int, float] = {}
         for seed, points in curves.items():
@@ -79,10 +86,13 @@ def regime_at(
             if bound != "at_least":
                 per_seed[seed] = needed
                 reached.add(way)
+            if bound == "at_most":
+                bounded.add(way)
         if len(per_seed) == len(seeds):
             seconds = statistics.geometric_mean(per_seed.values())
             if way not in ways or seconds < ways[way].seconds:
                 ways[way] = Fastest(key, seconds, per_seed)
+    ways = {way: replace(fastest, is_upper_bound=way in bounded) for way, fastest in ways.items()}
     partly: tuple[Way, ...] = tuple(sorted(reached - ways.keys()))
     ordered: list[Way] = sorted(ways, key=lambda way: ways[way].seconds)
     close: list[Way] = [way for way in ordered if not _is_slower(ways[way], ways[ordered[0]])]
@@ -91,6 +101,8 @@ def regime_at(
 
 def _is_slower(one: Fastest, other: Fastest) -> bool:
     """Return True if it takes more seconds than the other, with the whole interval of the ratio above 1."""
+    if one.is_upper_bound:
+        return False
     return t_interval([math.log(one.per_seed[seed] / other.per_seed[seed]) for seed in other.per_seed]).low > 0
 
 
@@ -108,7 +120,7 @@ def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool, 
     if not regime.ways:
         return f"{begin}no arm reached {quality} with every seed; give larger --budgets."
     ordered = sorted(regime.ways.items(), key=lambda item: item[1].seconds)
-    times = ", ".join(f"{way} ({fastest.arm}) {fastest.seconds:.3g} s" for way, fastest in ordered)
+    times = ", ".join(f"{way} ({fastest.arm}) {fastest.in_words()}" for way, fastest in ordered)
     times += "".join(f", {way} with some seeds alone" for way in regime.partly)
     first, *others = regime.fastest
     word = f"{first} takes the least time" if not others else f"{' and '.join(regime.fastest)} are not told apart"

@@ -63,7 +63,10 @@ def _regime(record: Record) -> Section:
 
     def seconds(way: str, row: Record) -> str:
         fastest = row["ways"].get(way)
-        return "–" if fastest is None else f"{fastest['seconds']:.3g} s ({arm_name(fastest['arm'])})"
+        if fastest is None:
+            return "–"
+        bound = "at most " * fastest.get("is_upper_bound", False)  # not of earlier versions
+        return f"{bound}{fastest['seconds']:.3g} s ({arm_name(fastest['arm'])})"
 
     ways = ("one device", "data-parallel training", "subset pretraining")
     columns = (
@@ -74,7 +77,8 @@ def _regime(record: Record) -> Section:
     lines = (
         "Seconds to the quality that counts as good, computed like the table of networks: for each way its fastest arm "
         "that reaches it with every seed. A way is the least if its interval, paired by seed, lies wholly below the "
-        "others'; else all that cannot be told apart are named, and those that reach it with some seeds only.",
+        "others'; else all that cannot be told apart are named, those that reach it with some seeds only, and those "
+        "that reach it at an arm's smallest budget already: they may take less (at most).",
         _with_names(record["regime"]["sentence"], record),
     )
     return table("Regime", record["regime"]["by_bandwidth"], columns, lines)
