@@ -270,9 +270,22 @@ def test_among_settings_of_one_size_the_least_loss_is_recommended() -> None:
     assert f"{rate} = 0.2" in recommendation(settings)
 
 
-def test_failed_seeds_leave_a_setting_its_others_and_pruned_ones_rule_it_out() -> None:
-    failed = [*of_losses({100: [0.1, 0.2]}), trial(100, 2, None, state="failed")]
-    assert recommend(settings_of(failed, ACCURACY)) == 0
+def test_a_setting_of_which_seeds_failed_is_recommended_if_no_other_finished_with_all_and_that_is_told() -> None:
+    part = [*of_losses({100: [0.1, 0.2]}), trial(100, 2, None, state="failed")]
+    settings = settings_of([*part, *of_losses({200: [0.5, 0.6, 0.7]})], ACCURACY)
+    assert recommend(settings) == 1
+    told = recommendation(settings)
+    assert told.startswith("The smallest subset within one standard error of the best: 200 examples")
+    assert told.endswith(" Settings of which seeds failed were set aside (100 examples, 1 of 3).")
+    alone = settings_of([*part, trial(200, 0, None, state="failed"), trial(200, 1, None)], ACCURACY)
+    assert recommend(alone) == 0
+    assert "No setting finished with all its seeds, and those that failed may be the worse ones" in recommendation(
+        alone
+    )
+    assert "failed" not in recommendation(settings_of(of_losses({200: [0.5, 0.6]}), ACCURACY))
+
+
+def test_pruned_seeds_rule_a_setting_out() -> None:
     pruned = [*of_losses({100: [0.1, 0.2], 200: [0.5, 0.6]}), trial(100, 2, None, state="pruned")]
     assert recommend(settings_of(pruned, ACCURACY)) == 1
 

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from raysubset.pipeline.run_report import Shown
@@ -114,18 +114,23 @@ def recommend(settings: Sequence[Record]) -> int | None:
 
     The rule is that of Breiman et al. 1984. The standard error is the best setting's own, over its seeds; with one seed
     there is none, and the best is recommended. Among equal sizes the one of least loss is. A setting with a pruned seed
-    is left out, as the seeds that remain are its better ones.
+    is left out, as the seeds that remain are its better ones. So is one with a failed seed, if any setting is whole.
     """
     if (best := _best(settings)) is None:
         return None
     limit = _loss(best) + (best["validation_loss"]["standard_error"] or 0.0)
-    within = [setting for setting in settings if _loss(setting) <= limit]
+    within = [setting for setting in _eligible(settings) if _loss(setting) <= limit]
     return settings.index(min(within, key=lambda setting: (setting["subset_size"], _loss(setting))))
 
 
+def _eligible(settings: Sequence[Record]) -> list[Record]:
+    """Return the settings with a loss of which no seed failed; if there are none, all with a loss."""
+    finite = [setting for setting in settings if not math.isinf(_loss(setting))]
+    return [setting for setting in finite if not setting["num_failed"]] or finite
+
+
 def _best(settings: Sequence[Record]) -> Record | None:
-    best = min(settings, key=_loss, default=None)
-    return None if best is None or math.isinf(_loss(best)) else best
+    return min(_eligible(settings), key=_loss, default=None)
 
 
 def _loss(setting: Record) -> float:
@@ -142,9 +147,32 @@ def recommendation(settings: Sequence[Record]) -> str:
     recommended = settings[position]
     if best["validation_loss"]["standard_error"] is None:
         text = f"The least validation loss: {_described(recommended)}."
-        return f"{text} One seed shows no noise, so smaller subsets may do as well: sweep over several seeds."
-    text = f"The smallest subset within one standard error of the best: {_described(recommended)}."
-    return text if recommended is best else f"{text} The best: {_described(best)}."
+        text += " One seed shows no noise, so smaller subsets may do as well: sweep over several seeds."
+    else:
+        text = f"The smallest subset within one standard error of the best: {_described(recommended)}."
+        text += "" if recommended is best else f" The best: {_described(best)}."
+    return " ".join([text, *_of_failed_seeds(settings)])
+
+
+def _of_failed_seeds(settings: Sequence[Record]) -> Iterator[str]:
+    """Yield what failed seeds did to the recommendation, in a sentence."""
+    failed = [setting for setting in settings if setting["num_failed"] and not math.isinf(_loss(setting))]
+    if not failed:
+        return
+    names = "; ".join(
+        f"{_named(setting)}, {setting['num_failed']} of {setting['num_failed'] + setting['num_seeds']}"
+        for setting in failed
+    )
+    if failed[0] in _eligible(settings):
+        yield f"No setting finished with all its seeds, and those that failed may be the worse ones ({names})."
+    else:
+        yield f"Settings of which seeds failed were set aside ({names})."
+
+
+def _named(setting: Record) -> str:
+    """Return a setting's size and other overrides."""
+    others = (f", {key} = {value}" for key, value in setting["overrides"].items() if key != "subsets.size")
+    return f"{setting['subset_size']:g} examples{''.join(others)}"
 
 
 def _described(setting: Record) -> str:
