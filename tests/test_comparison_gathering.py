@@ -73,7 +73,8 @@ def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path, *, 
 
     def leg(stage: Any, budget: float, seed: int, value: float | None) -> Leg:
         value = None if value is None else value + seed / 1000
-        config = Config(seed=seed)
+        recipe = {"minimize.learning_rate": 0.4, "minimize.batch_size": 32} if stage == "subsets" else {}
+        config = Config(seed=seed).with_overrides(recipe)
         return Done("legs", "minimize", config, stage, budget, Start("fresh"), quality=quality, value=value)
 
     baseline = {b: {s: leg("conventional", b, s, begin + step * LEVELS[b]) for s in SEEDS} for b in BUDGETS}
@@ -146,6 +147,12 @@ def test_numbers_of_a_comparison_are_in_the_qualitys_units(compared: Compared):
     assert "reads" not in told
     assert "accuracy" not in told
     assert "%" not in told.replace("95 %", "").replace("94%", "")
+
+
+def test_the_record_holds_what_an_arm_was_tuned_to_and_what_it_trained_with(compared: Compared):
+    arm = compared(R2, 0.8)["arms"][1]
+    assert arm["settings"] == {"learning_rate": 0.1, "batch_size": 64}
+    assert arm["trained"] == {"learning_rate": 0.4, "batch_size": 32}
 
 
 def test_a_quality_that_is_not_finite_is_neither_as_good_nor_shown_to_be_worse(compared: Compared):

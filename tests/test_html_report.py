@@ -556,7 +556,7 @@ def test_a_rate_at_the_edge_of_the_grid_is_told_once(tmp_path: Path):
     record["tuning"]["at_edge"] = ["G"]
     run.write_json(COMPARISON_PATH, record)
     read = check_self_contained(Path(write_files(run.uri)).read_text())
-    assert "conventional (B of --arms): conventional; learning rate 0.1, batch 64" in read.words
+    assert "conventional (B of --arms): conventional; tuned: learning rate 0.1, batch 64" in read.words
     edge = "at the edge of the grid: a rate beyond it may do better (--learning-rates)"
     assert read.words.count("at the edge of the grid") == 1
     assert f"warning: the learning rate of aggregate is {edge}" in read.words
@@ -605,15 +605,18 @@ def test_a_comparison_has_its_verdicts_on_top_then_curves_speed_ups_and_what_fai
     assert "7.25" in read.cells
     assert "died" in read.cells
     assert "not finite" in read.cells
-    assert "aggregate (G of --arms): aggregate <of> minima; learning rate 0.1, batch 64" in read.words
+    assert "aggregate (G of --arms): aggregate <of> minima; tuned: learning rate 0.1, batch 64" in read.words
     assert "confirmed. aggregate's speed-up is 12.50." in read.words
     assert "raysubset compare --seeds 3 --arms B G --budgets 1 8 16 --margin 0.005 --bandwidth 0.25" in read.words
     assert "Test accuracy over passes in total" in read.words
     few: dict[str, Any] = read_report(str(path.parents[1])) | {"seeds": [0, 1]}
     few["arms"].append({"key": "I:minimize.accumulation=2", "title": "", "role": "control", "points": []})
-    few["arms"][-1] |= {"settings": few["arms"][0]["settings"], "overrides": {"minimize.accumulation": 2}}
-    told = "learning rate 0.4, batch 256, of 2 workers together (4 times what was tuned)"
-    assert any(told in str(line) for part in comparison_sections(few) for line in part.lines)
+    few["arms"][-1] |= {"settings": few["arms"][0]["settings"], "trained": {"learning_rate": 0.4, "batch_size": 256}}
+    few["arms"][0] |= {"trained": few["arms"][0]["settings"]}
+    lines = [str(line) for part in comparison_sections(few) for line in part.lines]
+    assert "conventional (B of --arms): conventional; learning rate 0.1, batch 64" in lines
+    told = "learning rate 0.4, batch 256 of all workers together (tuned: learning rate 0.1, batch 64)"
+    assert any(line.endswith(told) for line in lines)
     assert any("--num-workers 2 --bandwidth" in str(line) for line in comparison_sections(few)[1].lines)
     few["verdicts"]["total"]["text"] = "G's speed-up is 1.01 (50% interval 0.95 to any)."
     assert str(comparison_sections(few)[0].lines[0]).endswith("confirmed. aggregate's speed-up is 1.01.")

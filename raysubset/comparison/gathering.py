@@ -249,7 +249,7 @@ def _file_sizes(leg: Leg) -> dict[str, int]:
 def _arm(
     arm: Arm, by_budget: Mapping[float, Mapping[int, Leg]], settings: Settings, legs: Legs, quality: Quality
 ) -> Record:
-    points = []
+    points, recipe = [], flat({arm: by_budget})[0].config.minimize
     for budget, by_seed in by_budget.items():
         runs = [legs.run(leg, seed) for seed, leg in by_seed.items()]
         mean = _means([run for run in runs if run["error"] is None], quality)
@@ -260,6 +260,7 @@ def _arm(
         "role": arm.role,
         "overrides": dict(arm.overrides),
         "settings": dataclasses.asdict(settings),
+        "trained": dataclasses.asdict(Settings(recipe.peak_learning_rate(), recipe.batch_size)),
         "points": points,
     }
 

@@ -183,20 +183,17 @@ def _points(record: Record) -> Section:
         lines.append("Reads: rows read from storage, divided by the training files' rows; a row group is read whole.")
     for arm in record["arms"]:
         name = f"{arm_name(arm['key'])} ({arm['key']} of --arms)"
-        lines.append(f"{name}: {arm['title']}; {_settings(arm, num_workers=record['regime']['num_workers'])}")
+        lines.append(f"{name}: {arm['title']}; {_settings(arm)}")
     return table("Arms", points, columns, lines, [_quality_plot(record, clock) for clock in CLOCKS])
 
 
-def _settings(arm: Record, *, num_workers: int) -> str:
-    """Return an arm's learning rate and batch size in words: those of data-parallel training are multiples of the
-    tuned ones, unless they are overrides."""
-    rate, size, overrides = *itemgetter("learning_rate", "batch_size")(arm["settings"]), arm.get("overrides", {})
-    if arm["key"][0] != "I":
-        return f"learning rate {rate:g}, batch {size}"
-    factor = num_workers * overrides.get("minimize.accumulation", 1)
-    rate *= 1 if "minimize.learning_rate" in overrides else factor
-    size *= 1 if "minimize.batch_size" in overrides else factor
-    return f"learning rate {rate:g}, batch {size}, of {num_workers} workers together ({factor} times what was tuned)"
+def _settings(arm: Record) -> str:
+    """Return the learning rate and batch size that an arm trained with, and those that were tuned if they differ."""
+    tuned = "learning rate {learning_rate:g}, batch {batch_size}".format_map(arm["settings"])
+    if (settings := arm.get("trained")) is None:
+        return f"tuned: {tuned}"  # of earlier versions, which did not record the multiples of data-parallel training
+    trained = "learning rate {learning_rate:g}, batch {batch_size}".format_map(settings)
+    return trained if trained == tuned else f"{trained} of all workers together (tuned: {tuned})"
 
 
 def mean_and_half(mean: Record, quality: Quality) -> tuple[float, float]:
