@@ -70,6 +70,11 @@ class Cost:
         return from_tree(cls, record, noun="value of a cost")
 
 
+def taught_passes(passes: float, num_teachers: int, forward_share: float) -> float:
+    """Return the passes of distillation's teachers while a network trains for `passes`: each passes all forward."""
+    return passes * Cost(num_forward=num_teachers).passes(1, forward_share)
+
+
 BATCH_NORM_EXAMPLES = 2048  # at most, of those minimized on, for the running statistics of averaged weights
 PASSING_EXAMPLES = 500  # likewise, if training continues from an average: these statistics last for an epoch
 _NUM_REFINEMENTS = 8  # of a run's epochs: what an epoch evaluates is at most about half of what it trains

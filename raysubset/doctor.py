@@ -6,7 +6,7 @@ for check in examine(config):
 
 import math
 import platform
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -232,21 +232,16 @@ def _time(
         fits = f"the actors of a card fit in its {bytes_in_words(speed.card_bytes)}"
         yield Check("memory", warning is None, warning or fits)
     per_s, num_train = speed.examples_per_s, len(full_set.train)
-    passes = passes_in_turn(plan, list(planned_steps(config, plan, num_train, slots)))
+    passes = passes_in_turn(planned_steps(config, plan, num_train, slots))
     seconds = timedelta(seconds=math.ceil(passes * num_train / per_s))
     text = f"one actor trains on {per_s:,.0f} examples/s: {plan.passes:.2f} passes in {seconds} h, {slots} at a time"
     yield Check("time", True, f"{text}; start-up, evaluation and sharing a machine come on top")
 
 
-def passes_in_turn(plan: Plan, steps: Sequence[Step]) -> float:
-    """Return the passes that follow one another: subsets queue for actors, and workers share one piece.
-
-    The work of teachers, which is in no step, is that of fine-tuning's workers, the last before the test.
-    """
+def passes_in_turn(steps: Iterable[Step]) -> float:
+    """Return the passes that follow one another: subsets queue for actors, and workers share one piece."""
 
     def turns(step: Step) -> float:
         return math.ceil(step.num_pieces / step.num_at_once) if step.num_pieces > 1 else 1 / step.num_at_once
 
-    taught = plan.passes - math.fsum(step.passes for step in steps)
-    *_, last, _ = steps
-    return taught * turns(last) + sum(step.passes / step.num_pieces * turns(step) for step in steps)
+    return sum(step.passes / step.num_pieces * turns(step) for step in steps)

@@ -48,9 +48,10 @@ class Step:
 
     stage: str
     round: int
-    passes: float
+    passes: float  # with those of teachers
     num_pieces: int  # subsets, or 1
     num_at_once: int  # processes at a time, if the cluster has all the room that it can have
+    num_epochs: float  # of each piece, over its examples
 
 
 class Planned(Event):

@@ -105,18 +105,18 @@ def test_time_counts_the_subsets_that_queue():
     config = config.with_overrides({"trunk.epochs": 1.0, "fine_tuning.epochs": 4.0, "fine_tuning.num_workers": 2})
     plan = make_plan(config, load_full_set(config.data))
     # 5 subsets on 2 slots are 3 turns; a trunk of one pass; 4 epochs by 2 workers
-    passes = passes_in_turn(plan, list(planned_steps(config, plan, 1294, 2)))
+    passes = passes_in_turn(planned_steps(config, plan, 1294, 2))
     assert passes == pytest.approx((3 * 2 * (3 * 200) + 1294 + 4 * 1294 / 2) / 1294)
     # a slot each: one turn
-    passes = passes_in_turn(plan, list(planned_steps(config, plan, 1294, 5)))
+    passes = passes_in_turn(planned_steps(config, plan, 1294, 5))
     assert passes == pytest.approx((3 * 2 * 200 + 3 * 1294) / 1294)
     # five minima teach in each of four epochs, in which two workers share them
     config = config.with_overrides({"fine_tuning.distillation": 0.5})
-    taught = passes_in_turn(make_plan(config, load_full_set(config.data)), list(planned_steps(config, plan, 1294, 5)))
+    taught = passes_in_turn(planned_steps(config, plan, 1294, 5))
     assert taught == pytest.approx(passes + 4 * 5 * plan.forward_share / 2)
 
 
 def test_time_of_a_conventional_run_is_its_passes_over_its_workers():
     config = Config(method="conventional").with_overrides({"conventional.epochs": 3.0, "conventional.num_workers": 2})
     plan = make_plan(config, load_full_set(config.data))
-    assert passes_in_turn(plan, list(planned_steps(config, plan, 1294, 1))) == pytest.approx(3 / 2)
+    assert passes_in_turn(planned_steps(config, plan, 1294, 1)) == pytest.approx(3 / 2)

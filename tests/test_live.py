@@ -16,6 +16,8 @@ from rich.console import Console
 
 from raysubset.cli.course import Course
 from raysubset.cli.live import LiveView, PlainLines, telling
+from raysubset.config import Config
+from raysubset.data import load_full_set
 from raysubset.events import (
     Attempt,
     EpochDone,
@@ -35,6 +37,7 @@ from raysubset.events import (
     Waiting,
     stage_event,
 )
+from raysubset.planning import make_plan, planned_steps
 
 
 class Clock:
@@ -61,7 +64,7 @@ def done(subset: int) -> MinimumDone:
 
 PLAN = Planned(
     "planned",
-    (Step("trunk", 0, 1.0, 1, 1), Step("subsets", 0, 8.0, 4, 2), Step("fine_tuning", 0, 2.0, 1, 2)),
+    (Step("trunk", 0, 1.0, 1, 1, 1.0), Step("subsets", 0, 8.0, 4, 2, 8.0), Step("fine_tuning", 0, 2.0, 1, 2, 2.0)),
     num_examples=1000,
 )
 
@@ -89,6 +92,19 @@ def test_passes_done_are_those_of_stages_before_and_of_pieces_of_this_one():
     assert course.passes == (10.0, 11.0)
 
 
+def test_epochs_of_a_stage_that_is_taught_are_shares_of_it_with_its_teachers_passes():
+    config = Config().with_overrides({"fine_tuning.distillation": 0.5})
+    full_set = load_full_set(config.data)
+    plan, num_train = make_plan(config, full_set), len(full_set.train)
+    course, steps = Course(Clock()), tuple(planned_steps(config, plan, num_train, 2))
+    course.hear(Planned("", steps, num_train))
+    tuning = 2 * (1 + 4 * plan.forward_share)  # of two epochs and four teachers
+    assert course.passes == (0.0, pytest.approx(plan.passes))
+    course.hear(stage_event("fine_tuning", "2 epochs"))
+    course.hear(EpochDone("", "fine_tuning", {"epoch": 1}))
+    assert course.passes == (pytest.approx(plan.passes - tuning / 2), pytest.approx(plan.passes))
+
+
 def test_time_left_is_by_the_speed_shown_of_passes_that_are_done_side_by_side():
     clock = Clock()
     course = Course(clock)
@@ -106,7 +122,7 @@ def test_time_left_is_by_the_speed_shown_of_passes_that_are_done_side_by_side():
 def test_rounds_go_on_with_the_speed_of_rounds_before():
     clock = Clock()
     course = Course(clock)
-    course.hear(Planned("", tuple(Step("subsets", n, 1.0, 1, 1) for n in range(3)), 1000))
+    course.hear(Planned("", tuple(Step("subsets", n, 1.0, 1, 1, 1.0) for n in range(3)), 1000))
     for round in range(2):
         course.hear(stage_event("subsets", "", round))
         course.hear(Progress("", an_attempt(0, round=round), 0.0, 1.0, None, 1.0))
@@ -132,7 +148,7 @@ def test_of_a_comparison_it_goes_by_the_passes_of_its_arms():
 def test_minima_that_are_there_count_as_done_and_not_as_speed():
     clock = Clock()
     course = Course(clock)
-    course.hear(Planned("", (Step("subsets", 0, 8.0, 4, 1),), 1000))
+    course.hear(Planned("", (Step("subsets", 0, 8.0, 4, 1, 8.0),), 1000))
     course.hear(stage_event("subsets", ""))
     course.hear(MinimaFound("", "subsets", 0, (0, 1)))
     assert course.passes == (4.0, 8.0)

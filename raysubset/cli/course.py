@@ -36,7 +36,7 @@ class Course:
             case Progress(attempt=attempt):
                 self._note(attempt.stage, attempt.round, attempt.subset, event.epoch / event.num_epochs)
             case EpochDone(stage=stage, record=record) if self._at >= 0:
-                self._note(stage, 0, None, record["epoch"] / max(self._steps[self._at].passes, record["epoch"]))
+                self._note(stage, 0, None, record["epoch"] / max(self._steps[self._at].num_epochs, record["epoch"]))
             case MinimumDone(stage=stage, record=record):
                 self._note(stage, record.get("round", 0), record["subset_id"], 1.0)
             case MinimaFound(subsets=subsets) if self._is_at(event.stage, event.round):

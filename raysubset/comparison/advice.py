@@ -8,8 +8,7 @@ from typing import Any
 from raysubset.comparison.network import Communication, all_reduce_bytes, critical_bytes
 from raysubset.comparison.sizes import Sizes
 from raysubset.config import Config
-from raysubset.costs import Cost
-from raysubset.planning import Plan
+from raysubset.planning import Plan, planned_steps
 from raysubset.quality import quality_of
 
 Q_BELOW = 1.0  # smaller subsets do not determine the network
@@ -55,9 +54,8 @@ def advise(config: Config, plan: Plan, sizes: Sizes, *, num_train: int, s_per_pa
         num_workers: N, devices.
     """
     passes, turns = plan.passes, math.ceil(len(plan.subsets) / num_workers)
-    num_teachers = len(plan.subsets) if config.fine_tuning.distillation else 0
-    taught = Cost(num_forward=num_teachers).passes(1, plan.forward_share)  # by teachers, in each epoch of fine-tuning
-    on_full_set = config.trunk.epochs + config.fine_tuning.epochs * (1 + taught)
+    steps = planned_steps(config, plan, num_train, num_workers)
+    on_full_set = math.fsum(step.passes for step in steps if step.stage in ("trunk", "fine_tuning"))
     num_steps = math.ceil(passes * num_train / config.minimize.batch_size)
     num_checkpoints = math.ceil(passes / min(1.0, config.actors.checkpoint_epochs))
     a_step = all_reduce_bytes(plan.num_parameters, num_workers, each=config.minimize.bytes_a_gradient)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from raysubset.aggregation import Send
 from raysubset.config import Config, TrainingStage, shaping
+from raysubset.costs import taught_passes
 from raysubset.run_directory import RunDirectory, mean_optimizer_path, momentum_path, optimizer_path
 from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.training import Measure
@@ -235,6 +236,11 @@ class Leg:
     def passes(self, num_train: int) -> float:
         """Return its training in passes over a full set of `num_train` examples."""
         return self.epochs if self.size is None else self.epochs * self.size / num_train
+
+    def planned_passes(self, num_train: int, forward_share: float) -> float:
+        """Return its training as passes() does, with those of the members that teach it."""
+        passes, num_teachers = self.passes(num_train), len(self.members) if self.stage == "fine_tuning" else 0
+        return passes + taught_passes(passes, num_teachers, forward_share)
 
     def __hash__(self) -> int:
         return hash(self.key)

@@ -6,6 +6,7 @@ from typing import Any
 
 from raysubset.cluster import num_gpus_of, num_slots, offered, refuse_unplaceable
 from raysubset.config import Config
+from raysubset.costs import taught_passes
 from raysubset.events import Note, stage_event
 from raysubset.fine_tuning.streaming import most_workers, refuse_without_readers
 from raysubset.pipeline.node_speeds import Slot, decide_slots, shares
@@ -95,8 +96,8 @@ class Decisions:
         rates = [cost.passes(num_train, share) / cost.device_s for cost in costs if cost.device_s > 0]
         if not rates:
             return {"num_workers": most}
-        forward, backward = (1 + num_teachers) * num_train + len(run.full_set.validation), num_train
-        passes = epochs * Cost(num_forward=forward, num_backward=backward).passes(num_train, share)
+        measuring = Cost(num_forward=len(run.full_set.validation)).passes(num_train, share)
+        passes = epochs * (1 + measuring) + taught_passes(epochs, num_teachers, share)
         alone_s = passes / max(rates)
         return {"num_workers": most if alone_s * (1 - 1 / most) > TRAIN_START_S else 1, "alone_s": alone_s}
 

@@ -97,9 +97,8 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     drawing = Drawing(config, None, sizes, statistics)
     legs = list(drawing.legs())
 
-    def measure(leg: Leg) -> float:  # with the teachers' work: they pass all batches of fine-tuning forward
-        num_teachers = len(leg.members) if leg.stage == "fine_tuning" else 0
-        return leg.passes(num_train) + leg.epochs * Cost(num_forward=num_teachers).passes(1, share)
+    def measure(leg: Leg) -> float:
+        return leg.planned_passes(num_train, share)
 
     passes, critical_path_passes = math.fsum(map(measure, legs)), critical_path(legs, measure)
     if config.method == "conventional":
@@ -141,9 +140,11 @@ def planned_steps(config: Config, plan: Plan, num_train: int, at_once: int) -> I
         legs = (leg for leg in drawing.legs(num_workers=config.fine_tuning.workers(auto=1)) if leg.kind != "aggregate")
     for (stage, round), group in groupby(legs, lambda leg: (leg.told_stage, leg.round)):
         stage_legs = list(group)
-        passes, first = math.fsum(leg.passes(num_train) for leg in stage_legs), stage_legs[0]
-        yield Step(stage, round, passes, len(stage_legs), first.num_workers if first.subset is None else at_once)
-    yield Step("test", 0, 0.0, 1, 1)
+        passes = math.fsum(leg.planned_passes(num_train, plan.forward_share) for leg in stage_legs)
+        first = stage_legs[0]
+        num_at_once = first.num_workers if first.subset is None else at_once
+        yield Step(stage, round, passes, len(stage_legs), num_at_once, first.epochs)
+    yield Step("test", 0, 0.0, 1, 1, 0.0)
 
 
 def _statistics(config: Config, full_set: FullSet, model: nn.Module) -> tuple[tuple[str, ...], list[Note]]:

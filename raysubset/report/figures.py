@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from raysubset.costs import taught_passes
 from raysubset.quality import Quality
 
 Record = Mapping[str, Any]
@@ -107,8 +108,8 @@ def trained_passes(record: Record) -> float:
     """
     num_train, taught = record["data"]["num_train"], 0.0
     if record["config"]["fine_tuning"].get("distillation") and (tuning := record["stages"].get("fine_tuning")):
-        num_teachers = len(record["stages"]["rounds"][-1]["minima"])
-        taught = num_teachers * record["model"]["forward_share"] * sum(passes_by_epoch(tuning, num_train)[-1:])
+        teachers, passes = record["stages"]["rounds"][-1]["minima"], sum(passes_by_epoch(tuning, num_train)[-1:])
+        taught = taught_passes(passes, len(teachers), record["model"]["forward_share"])
     return taught + sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in works_of(record))
 
 
