@@ -6,7 +6,6 @@ from unittest.mock import ANY
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from raysubset.comparison.statistics import (
     Interval,
@@ -34,6 +33,8 @@ def curve(*, cost: float = 1.0, shift: float = 0.0, noise: float = 0.0) -> tuple
 
 
 def test_the_t_interval_is_scipys():
+    from scipy import stats
+
     values = [0.3, 0.7, 0.4, 0.9]
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     found = t_interval(values)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy import optimize
 from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
@@ -70,6 +69,8 @@ def test_a_quadratic_of_d_parameters_takes_about_d_steps(exact_searches):
 
 def test_scipys_conjugate_gradients_end_at_the_same_minimum():
     """Logistic regression; its minimum is finite, as each image stands there with two labels."""
+    from scipy import optimize
+
     data, model = examples(20, side=3), linear(9, dtype=torch.float64)
     labels = torch.cat([data.targets(), data.targets(), (data.targets() + 1) % 3])
     data = with_labels(data.select(torch.arange(20).repeat(3)), labels)

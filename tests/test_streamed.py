@@ -4,7 +4,7 @@ import dataclasses
 import io
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +120,20 @@ def hugging_face(images: np.ndarray) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "image",
     [
-        pytest.param(tensors(pixels()), id="tensors"),
-        pytest.param([encoded(image) for image in pixels()], id="encoded"),
-        pytest.param(hugging_face(pixels()), id="hugging face"),
-        pytest.param([encoded(image) for image in pixels(channels=1)], id="grey"),
+        pytest.param(lambda: tensors(pixels()), id="tensors"),
+        pytest.param(lambda: [encoded(image) for image in pixels()], id="encoded"),
+        pytest.param(lambda: hugging_face(pixels()), id="hugging face"),
+        pytest.param(lambda: [encoded(image) for image in pixels(channels=1)], id="grey"),
         pytest.param(
-            [encoded(image) for image in [*pixels(390, 1), *pixels(10, 3)]], id="grey, and coloured at the end"
+            lambda: [encoded(image) for image in [*pixels(390, 1), *pixels(10, 3)]], id="grey, and coloured at the end"
         ),
-        pytest.param(tensors(pixels().astype(np.float32) / 255), id="floats"),
+        pytest.param(lambda: tensors(pixels().astype(np.float32) / 255), id="floats"),
     ],
 )
-def test_rows_labels_splits_and_statistics_are_those_of_the_set_in_memory(image: Any, tmp_path: Path) -> None:
-    pq.write_table(table(image), tmp_path / "all.parquet", row_group_size=37)
+def test_rows_labels_splits_and_statistics_are_those_of_the_set_in_memory(
+    image: Callable[[], Any], tmp_path: Path
+) -> None:
+    pq.write_table(table(image()), tmp_path / "all.parquet", row_group_size=37)
     in_memory, streamed = both(tmp_path / "all.parquet")
     assert streamed.task == in_memory.task
     assert streamed.notes[:-1] == in_memory.notes

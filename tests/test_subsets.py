@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy import stats
 
 from raysubset.config import SubsetsConfig
 from raysubset.events import Note
@@ -132,10 +131,14 @@ def test_smaller_subsets_lie_within_larger_ones_of_equal_seed_and_number(scheme)
 
 def chi_square(subsets: list[Subset], labels: np.ndarray) -> float:
     """p-value of the hypothesis that subsets and classes are independent."""
+    from scipy import stats
+
     return stats.chi2_contingency([np.bincount(labels[subset.indices], minlength=3) for subset in subsets]).pvalue
 
 
 def test_iid_subsets_and_dirichlet_of_infinite_alpha_look_independent_of_the_label():
+    from scipy import stats
+
     labels = np.random.default_rng(0).choice(3, size=20_000, p=[0.5, 0.3, 0.2])
     iid = [chi_square(split(labels, seed, num=5, size=400, scheme="iid"), labels) for seed in range(60)]
     even = [
@@ -150,6 +153,8 @@ def test_iid_subsets_and_dirichlet_of_infinite_alpha_look_independent_of_the_lab
 
 
 def test_dirichlet_of_vanishing_alpha_gives_one_class_drawn_by_the_prior():
+    from scipy import stats
+
     labels = np.repeat([0, 1, 2], [5000, 3000, 2000])
     classes = []
     for seed in range(300):
@@ -176,6 +181,8 @@ def test_dirichlet_subsets_take_what_is_left_when_their_classes_run_out():
 
 
 def test_dirichlet_draws_without_replacement_from_a_class_as_from_a_shuffled_deck():
+    from scipy import stats
+
     labels = np.repeat([0, 1], [6, 6])
     times = np.zeros(12)
     for seed in range(600):

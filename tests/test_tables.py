@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
-from sklearn import datasets
 
 from raysubset.config import DataConfig, TaskConfig, kind_of
 from raysubset.data import columns, file_fingerprint, files, fitting
@@ -300,6 +299,8 @@ def test_dates_of_a_csv_file_become_seconds(tmp_path: Path):
 
 @pytest.mark.parametrize("name", TABLE_NAMES)
 def test_scikit_learns_tables_are_read_as_it_gives_them(name: str):
+    from sklearn import datasets
+
     loaded: Any = getattr(datasets, f"load_{name}")(**({"scaled": False} if name == "diabetes" else {}))
     tables = read_named_table(DataConfig(name=name))
     assert (tables.choice.features, tables.choice.targets) == (tuple(loaded.feature_names), ("target",))

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import jaccard_score, mean_absolute_error, r2_score, root_mean_squared_error
 from torch import Tensor
 
 from raysubset.config import TaskConfig
@@ -253,6 +252,8 @@ def regression(**changes: Any) -> Regression:
 
 
 def test_qualities_of_regression_are_scikit_learns_in_the_targets_own_units():
+    from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+
     task, targets = regression(), normal(40, 2)
     outputs = targets + 0.3 * normal(40, 2, seed=1)
     sums = sums_of(task, outputs[:15], targets[:15])
@@ -286,6 +287,8 @@ def segmentation(ignored: int | None = None, augmentation: Any = "none") -> Segm
 
 @pytest.mark.parametrize("ignored", [None, 255, 2])
 def test_iou_is_scikit_learns_over_all_pixels_that_count(ignored: int | None):
+    from sklearn.metrics import jaccard_score
+
     task, outputs, masks = segmentation(ignored), normal(8, 3, 6, 5), integers(3, 8, 6, 5)
     if ignored == 255:
         masks = masks.masked_fill(integers(4, 8, 6, 5, seed=1) == 0, 255)
