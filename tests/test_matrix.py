@@ -21,7 +21,8 @@ from raysubset.pipeline.rounds import Rounds
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minima_folder, minimum_folder, weights_path
 from raysubset.subset_actors import Backlog, Pack
-from raysubset.training import Distillation, Weights, evaluate, minimize, why_not_packed
+from raysubset.tasks import Spec
+from raysubset.training import Distillation, Weights, evaluate, forward_share, minimize, why_not_packed
 from raysubset.work import AggregatePiece, Minimizer, Piece, Run, leave_aggregate, leave_test, seeded_model
 
 MODULE = """
@@ -173,6 +174,15 @@ BASE = {
 }
 
 
+shares: dict[tuple[str, str], float] = {}
+
+
+def share_counted_once(model: nn.Module, spec: Spec) -> float:
+    """training.forward_share() of each network once, not once for each method."""
+    key = (str(model), str(spec))
+    return shares[key] if key in shares else shares.setdefault(key, forward_share(model, spec))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("sets")
@@ -180,6 +190,7 @@ def _module(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setattr(sys, "dont_write_bytecode", True)
+        patch.setattr("raysubset.planning.plan.forward_share", share_counted_once)
         yield
     sys.modules.pop("matrix_sets", None)
 
