@@ -1,11 +1,13 @@
 """What legs came to, judged in the direction of the task's quality: numbers can be checked by hand."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -20,6 +22,7 @@ from raysubset.quality import ACCURACY, Quality
 from raysubset.report import comparison_sections
 from raysubset.run_directory import COMPARISON_PATH, RunDirectory
 from raysubset.run_directory.ledger import Work
+from raysubset.sweeping import sweep
 from raysubset.training import Cost
 from tests.test_comparison_arms import leg
 
@@ -211,6 +214,35 @@ def test_arms_that_nobody_named_are_those_that_the_config_allows(overrides: Any,
     for key in left_out:
         with pytest.raises(ValueError, match=rf"^arm {key}"):
             checks.checked_arms(config, [0, 1], [2.0], ["B", "G", key], rates)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"arms": "BG"}, "there is no arm 'BG'"),  # which were two arms, letter by letter
+        ({"arms": "B"}, "add D, E, G or H to --arms"),
+        ({"arms": ["B", 3]}, "--arms: 3 should be a text"),
+        ({"budgets": "16"}, "--budgets: '16' should be a number"),  # 1 and 6
+        ({"budgets": 0.5}, "--budgets: 0.5 passes is too small"),
+        ({"seeds": "01"}, "--seeds: '01' should be a whole number"),
+        ({"seeds": [0.5, 1]}, "--seeds: 0.5 should be a whole number"),
+        ({"seeds": np.int64(1)}, "--seeds: 1 cannot tell a difference from noise"),
+        ({"learning_rates": "0.1"}, "--learning-rates: '0.1' should be a number"),
+        ({"learning_rates": -0.5}, "--learning-rates = -0.5 must be positive"),
+        ({"batch_sizes": "64"}, "--batch-sizes: '64' should be a whole number"),
+        ({"batch_sizes": 0}, "--batch-sizes = 0 must be at least 1"),
+    ],
+)
+def test_a_text_is_no_list_of_its_letters_and_a_single_value_is_a_list_of_one(
+    given: dict[str, Any], told: str, tmp_path: Path
+):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        compare(Config(storage_path=str(tmp_path)), **given)
+
+
+def test_seeds_of_a_sweep_are_no_letters_of_a_text(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"--seeds: '12' should be a whole number"):
+        sweep(Config(storage_path=str(tmp_path)), {"subsets.size": [100]}, seeds="12")  # pyright: ignore
 
 
 def test_a_comparison_that_needs_a_margin_asks_for_it_before_ray_is_started(tmp_path: Path):

@@ -102,6 +102,11 @@ def test_a_users_method_that_asks_for_outputs_is_told_that_there_are_none(tmp_pa
         merge([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], "asking:outputs", start={"w": torch.zeros(2)})
 
 
+def test_members_may_be_any_iterable_of_state_dicts():
+    members = [{"w": torch.zeros(2)}, {"w": torch.ones(2)}]
+    assert merge(iter(members))["w"].tolist() == [0.5, 0.5]  # pyright: ignore[reportArgumentType]
+
+
 def test_networks_in_place_of_their_weights_are_refused_with_what_to_give():
     with pytest.raises(ValueError, match=r"^member 0 is a Linear: give state dicts, as model.state_dict\(\)"):
         merge([nn.Linear(3, 2)])  # pyright: ignore[reportArgumentType]

@@ -62,6 +62,7 @@ def merge(
             missing.
     """
     config = AggregationConfig(method=config) if isinstance(config, str) else config
+    members = members if isinstance(members, Mapping) else list(members)
     if not members:
         raise ValueError("there are no members to merge")
     for number, member in enumerate(members):

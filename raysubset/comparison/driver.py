@@ -11,7 +11,7 @@ from raysubset.comparison.gathering import gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import Comparison
 from raysubset.comparison.tuning import LEARNING_RATES, MOST_BEYOND
-from raysubset.config import Config, Learned, check_number
+from raysubset.config import Config, Learned, check_number, listed
 from raysubset.data import FullSet
 from raysubset.events import OnEvent, Waiting
 from raysubset.objects_in_hand import accepts_objects
@@ -53,7 +53,8 @@ def compare(
     rate is tuned on validation data, at the middle budget and with a seed of its own; the batch size is tuned once, for
     B. The test split is read after all these choices. Equal pieces of work are done once, and counted in full for each
     arm. A comparison of the same name resumes, and arms, budgets and seeds may be added. New budgets may have another
-    middle; then learning rates are tuned again. If this process dies, call it again.
+    middle; then learning rates are tuned again. If this process dies, call it again. A single value may stand for a
+    list.
 
     Args:
         config: data, model, subsets and recipe. The epochs of its stages give the proportions in which arms D to H
@@ -81,6 +82,9 @@ def compare(
     command = Command("comparison", config, on_event, fresh=fresh, accept_changed_code=accept_changed_code)
     directory, tell = command.directory, command.tell
     seeds = command.chosen_seeds(seeds, least=0)
+    arms, budgets = listed("--arms", arms, str), listed("--budgets", budgets, float)
+    learning_rates = listed("--learning-rates", learning_rates, float)
+    batch_sizes = listed("--batch-sizes", batch_sizes, int)
     own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
     usable = (rate for rate in own_rates if takes(parse_arm("B"), config, Settings(rate, config.minimize.batch_size)))
     rates = sorted(set(learning_rates or usable))

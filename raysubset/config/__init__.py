@@ -48,6 +48,7 @@ from raysubset.config.trees import (
     field_type,
     flatten,
     from_tree,
+    listed,
     nearest,
     parse_value,
     shapes_result,

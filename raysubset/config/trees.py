@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from raysubset.uris import shown
 
+T = TypeVar("T")
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return '; did you mean mnist?' if a known word is close, else ''. Words that look alike are shown escaped."""
@@ -94,6 +96,22 @@ def check_number(name: str, value: float, range: str) -> None:
     raise ValueError(f"{name} = {value} must be {words}")
 
 
+def listed(name: str, values: Any, kind: type[T]) -> list[T]:
+    """Return an argument's values, those of numpy as Python's own. A single one, a text above all, is a list of one.
+
+    Raises:
+        ValueError: if one is not of this kind: float, which an int is too, int or str.
+    """
+    is_single = isinstance(values, str) or not isinstance(values, Iterable)
+    items: list[Any] = [values] if is_single else list(values)
+    items = [item.item() if hasattr(item, "item") else item for item in items]
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (int, float) if kind is float else kind):
+            noun = {float: "a number", int: "a whole number", str: "a text"}[kind]
+            raise ValueError(f"{name}: {item!r} should be {noun}")
+    return items
+
+
 def range_in_words(range: str) -> str:
     """Return 'in [0, 1)', 'at least 1', 'positive' or '0 or more'; '' if the range includes every number."""
     low, high = _ends(range)
@@ -148,9 +166,6 @@ def _kinds(cls: type) -> list[tuple[str, Any, type | None, tuple[type, ...]]]:
 def ranges_of(cls: type) -> dict[str, str]:
     """Return the ranges of a class's numbers, by field."""
     return {name: range for name, range in _annotations(cls).items() if isinstance(range, str)}
-
-
-T = TypeVar("T")
 
 
 def from_tree(cls: type[T], tree: Any, prefix: str = "", *, noun: str = "config field") -> T:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from raysubset.cluster import connected, reached
-from raysubset.config import Config, Learned, check_number
+from raysubset.config import Config, Learned, check_number, listed
 from raysubset.data import FullSet, load_full_set
 from raysubset.errors import first_line
 from raysubset.events import Event, Note, OnEvent, Stage
@@ -146,12 +146,14 @@ class Command:
         """Return the seeds themselves, if `seeds` is their number, from the config's seed on.
 
         Raises:
-            ValueError: if the number is below `least` or above 1000.
+            ValueError: if the number is below `least` or above 1000, or a seed is no whole number.
         """
-        if not isinstance(seeds, int):
-            return seeds
-        check_number("--seeds", seeds, f"[{least}, 1000]")
-        return range(self.config.seed, self.config.seed + seeds)
+        values = listed("--seeds", seeds, int)
+        if isinstance(seeds, Iterable):
+            return values
+        (num,) = values
+        check_number("--seeds", num, f"[{least}, 1000]")
+        return range(self.config.seed, self.config.seed + num)
 
     def tell_finished(self, configs: Iterable[Config], full_sets: dict[Learned, FullSet]) -> None:
         """Say that there is nothing to do.
