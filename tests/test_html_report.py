@@ -584,6 +584,21 @@ def test_the_command_of_a_comparison_names_grids_of_one_and_its_exact_numbers(tm
     assert str(about_seeds).endswith("in Python: compare(…, seeds=[3, 5, 9]).")
 
 
+def test_an_arm_that_costs_much_more_than_its_budget_is_named(tmp_path: Path):
+    record = a_comparison(tmp_path).read_json(COMPARISON_PATH)
+
+    def named() -> list[str]:
+        basis = next(part for part in comparison_sections(record) if part.title == "What it rests on")
+        return [str(line) for line in basis.lines if "times their budget" in str(line)]
+
+    for point, passes in zip(record["arms"][1]["points"], (1.2, 9.0), strict=False):
+        point["mean"]["passes"] = passes
+    assert not named()
+    record["arms"][1]["points"][0]["mean"]["passes"] = 1.25  # a whole step of Gauss-Newton
+    (line,) = named()
+    assert "some arms cost more than 1.2 times their budget of training: aggregate 1.25 passes for 1. " in line
+
+
 def test_budgets_of_equal_cost_have_a_page_too(tmp_path: Path):
     run = a_comparison(tmp_path)  # as where both stop early, at the same step
     record = run.read_json(COMPARISON_PATH)

@@ -27,6 +27,7 @@ _NAMES = {  # arms by their letters in --arms
     "I": "data-parallel",
 }
 _FEWEST_SEEDS = 3  # for an interval: that of two seeds is wider than the axis
+_MOST_OF_BUDGET = 1.2  # an arm that costs more of its budget of passes is named
 _COST = {"total": "passes", "critical_path": "critical_path_passes"}
 CLOCKS = {"total": "passes in total", "critical_path": "passes on the critical path"}
 
@@ -119,6 +120,10 @@ def _basis(record: Record) -> Iterator[Line]:
     if at_edge := record["tuning"].get("at_edge"):  # not of earlier versions
         text = f"the learning rate of {', '.join(map(arm_name, at_edge))} is at the edge of the grid: a rate beyond it"
         yield Note(f"{text} may do better (--learning-rates).", is_warning=True)
+    if dear := list(_beyond_budget(record["arms"])):
+        text = f"some arms cost more than {_MOST_OF_BUDGET:g} times their budget of training"
+        more = "Evaluation, teachers and whole steps come on top. Verdicts and speed-ups go by passes, not by budgets."
+        yield Note(f"{text}: {'; '.join(dear)}. {more}", is_warning=True)
     if len(record["seeds"]) < _FEWEST_SEEDS:
         yield f"{len(record['seeds'])} seeds give no useful interval: it is shown from {_FEWEST_SEEDS} seeds on."
     seeds = sorted(record["seeds"])
@@ -127,6 +132,15 @@ def _basis(record: Record) -> Iterator[Line]:
     else:
         yield f"The command, but for seeds that it cannot name; in Python: compare(…, seeds={seeds})."
     yield Command(_command(record))
+
+
+def _beyond_budget(arms: Iterable[Record]) -> Iterator[str]:
+    """Yield each arm that cost much more than its budget, with the passes of the budget that it exceeded most."""
+    for arm in arms:
+        points = [(point["mean"]["passes"], point["budget"]) for point in arm["points"] if point["mean"]]
+        passes, budget = max(points, key=lambda point: point[0] / point[1], default=(0.0, 1.0))
+        if passes > _MOST_OF_BUDGET * budget:
+            yield f"{arm_name(arm['key'])} {passes:.2f} passes for {budget:g}"
 
 
 def _command(record: Record) -> str:
