@@ -69,12 +69,29 @@ class TestEntries:
             close(Cost(num_forward=8))
             raise OSError
         done, failed, stopped, left = ledger.read()
-        assert [one.outcome for one in (done, failed, stopped, left)] == ["done", "failed", "interrupted", "done"]
+        assert [one.outcome for one in (done, failed, stopped, left)] == ["lost", "failed", "interrupted", "done"]
         assert [one.attempt for one in (done, failed, stopped, left)] == [0, 1, 2, 3]
         assert (done.cost.num_forward, left.cost.num_forward) == (7, 8)
         place = "see test_ledger.py, line [0-9]+, in test_recorded_work_is_closed_as_it_ended"
         assert re.fullmatch(f"ValueError: no; {place}", failed.error or "")
         assert failed.cost.device_s == pytest.approx(failed.ended_at - failed.started_at, abs=5)  # two clocks
+
+    @pytest.mark.parametrize("is_compact", [False, True])
+    def test_of_attempts_that_were_done_only_the_last_counts_as_done_as_the_others_left_no_record(
+        self, ledger, is_compact
+    ):
+        other = work(subset=1, started_at=90.0)
+        for one in (work(), other):
+            ledger.write(one)
+        if is_compact:
+            ledger.compact()
+        ledger.begin(work(attempt=1, outcome="running", started_at=101.0))
+        assert [(one.subset, one.attempt, one.outcome) for one in ledger.read()] == [
+            (1, 0, "done"),
+            (0, 0, "lost"),
+            (0, 1, "running"),
+        ]
+        assert total_cost(ledger.read()).num_steps == 3
 
     def test_a_clock_that_is_set_back_makes_no_duration_negative(self, ledger, monkeypatch):
         with contextlib.suppress(OSError), ledger.recorded("aggregation", 0, device="cpu", node="here"):

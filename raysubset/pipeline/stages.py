@@ -262,8 +262,8 @@ class _Stages:
         self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after its loss
         self._run.ledger.compact()  # the sums below read all of it
         self._tell(stage_event("test", f"{len(full_set.test)} examples, which no choice has used"))
-        test, files = self._test(end.leg.output, weights)
-        files |= self._leave_model(weights)
+        files = self._leave_model(weights)
+        test, test_files = self._test(end.leg.output, weights)  # last: only the report keeps what it read
         return {
             "name": config.run_name(),
             "uri": self._directory.uri,
@@ -288,7 +288,7 @@ class _Stages:
                 lacking=self._run.ledger.lacking(done_work(stages)),
             ),
             **self._traces(),
-            "files": files,
+            "files": files | test_files,
         }
 
     def _traces(self) -> dict[str, Any]:

@@ -119,6 +119,17 @@ class Ledger:
         is_durable = work.outcome != "running" and work.cost.device_s > WRITE_BACK_S
         self._storage.write_json(work.path, work.to_dict(), is_durable=is_durable, indent=None)
 
+    def begin(self, work: Work) -> None:
+        """Write the first entry of an attempt. Mark earlier ones of the same work that were done as lost.
+
+        The process of such a one died before it wrote the record, or a file that the record names was damaged.
+        """
+        paths = {replace(work, attempt=attempt).path for attempt in range(work.attempt)}
+        for entry in self._joined({path: entry for path in paths if (entry := self._read(path))}) if paths else ():
+            if entry.path in paths and entry.outcome == "done":
+                self.write(replace(entry, outcome="lost", error="it left no record, or a damaged one"))
+        self.write(work)
+
     @contextmanager
     def recorded(
         self, stage: Stage, round: int, *, device: str, node: str, waited_s: float = 0.0, attempt: int | None = None
@@ -131,7 +142,7 @@ class Ledger:
         """
         attempt = self.next_attempt(stage, round, None) if attempt is None else attempt
         work = Work(stage, round, None, attempt, node, device, started_at=time.time(), waited_s=waited_s)
-        self.write(work)
+        self.begin(work)
         began, closed = time.perf_counter(), []
 
         def close(cost: Cost, outcome: Outcome = "done", error: str | None = None) -> None:

@@ -171,8 +171,8 @@ class Minimizer:
             Work(*piece.ledger_key, attempt, self._node, device_name(device), **more)
             for piece, attempt in zip(pieces, attempts, strict=True)
         ]
-        for work in works:
-            self._write(work)
+        for work in works if self._shard.rank == 0 else ():
+            Ledger(self._run).begin(work)
         jobs: list[_Job] = []
         try:
             start = pieces[0].start_weights(self.load_full_set()) if start is None else start

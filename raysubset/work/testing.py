@@ -34,8 +34,9 @@ def leave_test(
     placed = placed_model(full_set, num_gpus, config)
     with Ledger(directory).recorded("test", 0, device=device_name(placed[1]), **place) as close:
         metrics, cost, tables = test_weights(full_set, placed, config, weights)
+        files = {path: directory.write_table(path, table) for path, table in tables.items()}
         close(cost)
-    return metrics, {path: directory.write_table(path, table) for path, table in tables.items()}
+    return metrics, files
 
 
 def leave_metrics(full_set: FullSet, num_gpus: float, piece: TestPiece) -> dict[str, Any]:

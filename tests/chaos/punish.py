@@ -2,6 +2,7 @@
 
     python -m tests.chaos.punish --out /tmp/punished --kills 50 --minutes 60 --seed 1
     python -m tests.chaos.punish --out /tmp/punished --s3 --set rounds.send=int8 rounds.overlap=
+    python -m tests.chaos.punish --out /tmp/punished --verb compare   # or sweep: its legs or trials are struck
 
 One undisturbed run gives the reference. Then runs of the same config are disturbed, in turn on a Ray of the driver's
 own ("local") and on a cluster of a head and two worker nodes in a process of its own ("nodes", which gets a new node
@@ -11,11 +12,12 @@ less, and a victim of a kind that was hit least so far gets SIGKILL (or, of some
 with anything but 0 is started again by the same command. The summary says how many kills struck which stage: one whose
 entry in the ledger was open at that moment; none is "between". What must hold at the end of each run:
 
-  bits      every minimum, aggregate and the final model equal the reference's bit for bit, and so do test results
+  bits      every minimum, aggregate and the final model equal the reference's bit for bit, and so do test results; all
+            that comparison.json or sweep.json holds but times and costs is the same
   ledger    each piece of work was done, once; its attempts together made at least the reference's steps, and more only
-            by what lies between two checkpoints for each attempt that was lost; the report's passes are the ledger's
-            sum
-  report    report.json and the page are there, and `raysubset report` reads them
+            by what lies between two checkpoints for each attempt that was lost; the passes that a report shows are the
+            sum of its ledgers
+  report    the report and the page are there, and `raysubset report` reads them
   orphans   nothing the run started is alive a minute after it
 
 Only processes that this program started are ever signalled: they carry a tag in their environment.
@@ -33,7 +35,7 @@ import sys
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,20 +48,42 @@ from tests.buckets import bucket
 
 RAYSUBSET = [sys.executable, "-m", "raysubset"]
 TAG = "PUNISH_TAG"
-EVERY_EPOCHS = 5  # between two checkpoints of a subset
 STEP_S = 0.01  # that a step takes at least, so that stages last and leave the machine to others
-FLAGS = {
-    "name": "run",
-    "subsets.num": 4,
-    "minimize.epochs": 30,
-    "trunk.epochs": 10,
-    "rounds.num": 3,
-    "rounds.outer-momentum": 0.5,
-    "fine-tuning.epochs": 30,
-    "fine-tuning.num-workers": 2,  # a Ray Train job: one alone is an actor
-    "actors.checkpoint-epochs": EVERY_EPOCHS,
-    "actors.on-step": "tests.chaos.punish:rest",
+ALWAYS: dict[str, Any] = {"name": "run", "actors.on-step": "tests.chaos.punish:rest"}
+FLAGS_OF: dict[str, dict[str, Any]] = {
+    "run": {
+        "subsets.num": 4,
+        "minimize.epochs": 30,
+        "trunk.epochs": 10,
+        "rounds.num": 3,
+        "rounds.outer-momentum": 0.5,
+        "fine-tuning.epochs": 30,
+        "fine-tuning.num-workers": 2,  # a Ray Train job: one alone is an actor
+        "actors.checkpoint-epochs": 5,
+    },
+    "compare": {
+        "subsets.num": 2,
+        "seeds": 2,
+        "budgets": 3,
+        "arms": "B D:minimize.learning_rate=0.1 H:rounds.num=2,rounds.send=int8,minimize.learning_rate=0.1"
+        " I:minimize.learning_rate=0.1",  # I is two Ray Train jobs; B is tuned
+        "learning-rates": "0.03 0.1",
+        "num-workers": 2,
+        "trunk.epochs": 2,
+        "actors.checkpoint-epochs": 1,
+    },
+    "sweep": {
+        "sizes": "200 400",  # two trials, which share a trunk
+        "seeds": 1,
+        "minimize.epochs": 12,
+        "trunk.epochs": 4,
+        "rounds.num": 2,
+        "fine-tuning.epochs": 4,
+        "actors.checkpoint-epochs": 2,
+    },
 }
+FLAGS: dict[str, Any] = {}  # of this call
+REPORTS = {"run": "report.json", "compare": "comparison.json", "sweep": "sweep.json"}
 
 KINDS = [
     ("actor", signal.SIGKILL),
@@ -69,19 +93,22 @@ KINDS = [
     ("raylet", signal.SIGKILL),  # of a worker node; of the driver's own node in mode local
     ("driver", signal.SIGKILL),
     ("driver", signal.SIGTERM),
+    ("trial", signal.SIGKILL),  # Tune's process, the driver of a sweep's trial
     ("gcs", signal.SIGKILL),  # in mode local only: the whole cluster
 ]
 TITLES = {
     "actor": "ray::SubsetActor",
     "train_worker": "ray::RayTrainWorker",
     "train_controller": "ray::TrainController",
+    "trial": "ray::ImplicitFunc",
 }
+PARTS = r"(?:legs|trials|trunks)/[^/]+/"  # of a comparison or sweep, each like a run
 STAGES = {  # by the paths in a run of what their work writes, files in the making too
     r"(ledger/)?trunk": "trunk",
     r"ledger/subs|rounds/\d+/(minima|subsamples)/": "members",
     r"ledger/aggregation|rounds/\d+/\.?(aggregate|momentum)": "aggregation",
     r"(ledger/)?(fine_tuning|conventional)": "fine-tuning",
-    r"ledger/test|\.?(model|test_)": "test",
+    r"ledger/test|\.?(model|test)": "test",
 }
 BETWEEN = "between"
 
@@ -262,7 +289,7 @@ class Place:
 
 
 def _stage_of(path: str) -> str:
-    return next((stage for pattern, stage in STAGES.items() if re.match(pattern, path)), BETWEEN)
+    return next((stage for pattern, stage in STAGES.items() if re.match(f"(?:{PARTS})?(?:{pattern})", path)), BETWEEN)
 
 
 class Attacker:
@@ -294,9 +321,10 @@ class Attacker:
 
 
 def command(storage_path: Path | str, address: str | None) -> list[str]:
-    flags = [word for key, value in FLAGS.items() for word in (f"--{key}", str(value)) if word]
+    verb, flags = FLAGS["verb"], {key: value for key, value in FLAGS.items() if key != "verb"}
+    words = [word for key, value in flags.items() for word in (f"--{key}", *str(value).split())]
     where = ["--cluster.address", address] if address else ["--cluster.num-cpus", "2"]
-    return [*RAYSUBSET, "run", "--storage-path", str(storage_path), *flags, *where]
+    return [*RAYSUBSET, verb, "--storage-path", str(storage_path), *words, *where]
 
 
 def start(folder: Path, address: str | None, tagged: Tagged, uri: str | None = None) -> Driver:
@@ -361,44 +389,87 @@ def _last_line(folder: Path) -> str:
 
 def check(reference: Path, punished: Path, outcome: Outcome) -> None:
     """Add what does not hold to the outcome's problems."""
-    a, b = reference / "run", punished / "run"
+    a, b, name = reference / "run", punished / "run", REPORTS[FLAGS["verb"]]
     for path in sorted(a.rglob("*.safetensors")) + sorted(a.rglob("subsets.parquet")):
         other = b / path.relative_to(a)
         if not other.exists():
             outcome.problems.append(f"missing: {path.relative_to(a)}")
         elif other.read_bytes() != path.read_bytes():
             outcome.problems.append(f"other bits: {path.relative_to(a)}")
-    if not (b / "report.json").exists():
+    if not (b / name).exists():
         outcome.problems.append("no report")
         return
-    old, new = (json.loads((folder / "report.json").read_text()) for folder in (a, b))
-    for key in ("test", "validation", "planned_passes"):
-        if old[key] != new[key]:
-            outcome.problems.append(f"report differs in {key}")
+    for report in sorted(a.rglob("report.json")):
+        old, new = (json.loads((folder / report.relative_to(a)).read_text()) for folder in (a, b))
+        for key in ("test", "validation", "planned_passes"):
+            if old[key] != new[key]:
+                outcome.problems.append(f"{report.relative_to(a)} differs in {key}")
+    old, new = (json.loads((folder / name).read_text()) for folder in (a, b))
+    if name != "report.json":
+        outcome.problems += [
+            f"{name} differs in {path}" for path in _different(_without_costs(old), _without_costs(new))
+        ]
     if not (page := b / "report" / "report.html").exists() or "</html>" not in page.read_text():
         outcome.problems.append("no page")
     shown = subprocess.run([*RAYSUBSET, "report", str(b)], capture_output=True, text=True, check=False)
     if shown.returncode:
         outcome.problems.append(f"`raysubset report` says {shown.stderr.strip()[-200:]}")
-    _check_ledger(a, b, new, outcome)
+    _check_ledgers(a, b, outcome)
+    _check_passes(b, new, outcome)
 
 
-def _works(run: Path) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    works: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
-    for work in pq.read_table(run / "ledger.parquet").to_pylist():
-        works[work["stage"], work["round"], work["subset"]].append(work)
+COSTS = {  # and what follows from them: attempts that were lost cost passes
+    *("uri", "environment", "config", "seconds", "cost", "mean", "verdicts", "speed_ups", "network", "by_bandwidth"),
+    *("sentence", "passes", "critical_path_passes", "num_steps", "num_network_bytes", "storage_reads", "num_lost"),
+    *("at_once", "recommendation", "conventional", "is_non_inferior"),
+}
+
+
+def _without_costs(value: Any) -> Any:
+    """Return a record without times, costs and what follows from them."""
+    if isinstance(value, dict):
+        return {key: _without_costs(v) for key, v in value.items() if key not in COSTS and not key.endswith("_s")}
+    return [_without_costs(v) for v in value] if isinstance(value, list) else value
+
+
+def _different(old: Any, new: Any, path: str = "") -> list[str]:
+    """Return the paths at which two records differ."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return [text for key in old for text in _different(old[key], new[key], f"{path}/{key}")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [text for n, pair in enumerate(zip(old, new, strict=True)) for text in _different(*pair, f"{path}/{n}")]
+    return [] if old == new else [f"{path}: {str(old)[:60]}, now {str(new)[:60]}"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+Works = dict[tuple[Any, ...], list[dict[str, Any]]]
+
+
+def _works(run: Path) -> Works:
+    """Return all entries of a run's, comparison's or sweep's ledgers by directory, stage, round and subset."""
+    works: Works = defaultdict(list)
+    for place in sorted({path.parent for name in ("ledger", "ledger.parquet") for path in run.rglob(name)}):
+        table, files = place / "ledger.parquet", sorted((place / "ledger").glob("*.json"))
+        entries = {}
+        for work in [*(pq.read_table(table).to_pylist() if table.exists() else ()), *map(_read_json, files)]:
+            entries[work["stage"], work["round"], work["subset"], work["attempt"]] = work
+        for work in entries.values():
+            works[str(place.relative_to(run)), work["stage"], work["round"], work["subset"]].append(work)
     return works
 
 
-def _check_ledger(a: Path, b: Path, report: dict[str, Any], outcome: Outcome) -> None:
-    if list((b / "ledger").glob("*.json")):
+def _check_ledgers(a: Path, b: Path, outcome: Outcome) -> None:
+    if list(b.glob("ledger/*.json")) + list(b.glob("trials/*/ledger/*.json")):
         outcome.problems.append("entries left in ledger/ after compaction")
     old, new = _works(a), _works(b)
     if old.keys() != new.keys():
         outcome.problems.append(f"ledger: pieces differ: {sorted(map(str, old.keys() ^ new.keys()))}")
     steps: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for key, works in new.items():
-        stage, ways = key[0], Counter(work["outcome"] for work in works)
+        stage, ways = key[1], Counter(work["outcome"] for work in works)
         if ways["done"] < 1 or ways["running"]:
             outcome.problems.append(f"ledger: {key} ended {dict(ways)}")
         if ways["done"] > 1:
@@ -413,21 +484,67 @@ def _check_ledger(a: Path, b: Path, report: dict[str, Any], outcome: Outcome) ->
                 continue
             steps[stage][0] += planned
             steps[stage][1] += made
-            epochs = {"trunk": "trunk.epochs", "subsets": "minimize.epochs", "fine_tuning": "fine-tuning.epochs"}
-            between = EVERY_EPOCHS * planned / float(FLAGS[epochs[stage]]) if stage in epochs else made
-            if made - planned > (most := (len(works) - 1) * (between + 1)):  # of what lies between two checkpoints
+            between = _steps_between_checkpoints(a, key, planned) if planned else 0.0
+            if made - planned > (most := (len(works) - 1) * (between + 1)):
                 text = f"repeated {made - planned} steps in {len(works)} attempts; most: {most:.0f}"
                 outcome.problems.append(f"ledger: {key} {text}")
     outcome.repeated = {stage: round(made / planned - 1, 3) for stage, (planned, made) in steps.items() if planned}
-    num_train, share = report["data"]["num_train"], report["model"]["forward_share"]
-    costs = [work["cost"] for works in new.values() for work in works]
-    passes = sum(share * cost["num_forward"] + (1 - share) * cost["num_backward"] for cost in costs) / num_train
-    if abs(passes - report["cost"]["passes"]) > 1e-6:
-        outcome.problems.append(f"report: {report['cost']['passes']} passes, the ledger's sum is {passes}")
+
+
+def _steps_between_checkpoints(run: Path, key: tuple[Any, ...], planned: int) -> float:
+    """Return the steps of a piece of work between two checkpoints."""
+    place, stage, round, subset = key
+    record = run / place / (stage if subset is None else f"rounds/{round:04d}/minima/{subset:04d}") / "minimum.json"
+    epochs = float(FLAGS.get("minimize.epochs", 8))  # of a minimum that was deleted after its round
+    if record.exists():
+        epochs = json.loads(record.read_text())["history"][-1]["epoch"]
+    return float(FLAGS["actors.checkpoint-epochs"]) * planned / epochs
+
+
+def _check_passes(run: Path, report: dict[str, Any], outcome: Outcome) -> None:
+    """The passes that a report shows are the sum over its ledgers; trunks that a sweep's trials share count once."""
+    works, model = _works(run), report.get("model")
+    if FLAGS["verb"] == "sweep":
+        model = json.loads((run / "trials" / report["trials"][0]["name"] / "report.json").read_text())["model"]
+    assert model
+    num_train, share = report["data"]["num_train"] if "data" in report else None, model["forward_share"]
+    if num_train is None:
+        num_train = json.loads(next(run.glob("trials/*/report.json")).read_text())["data"]["num_train"]
+
+    def passes(wanted: Callable[[str, str], bool]) -> float:
+        costs = [work["cost"] for (place, stage, *_), some in works.items() if wanted(place, stage) for work in some]
+        return sum(share * cost["num_forward"] + (1 - share) * cost["num_backward"] for cost in costs) / num_train
+
+    def expect(name: str, shown: float, counted: float) -> None:
+        if abs(shown - counted) > 1e-6:
+            outcome.problems.append(f"{name}: {shown} passes, the ledger's sum is {counted}")
+
+    if FLAGS["verb"] == "compare":
+        legs = report["legs"]
+        for arm in report["arms"]:
+            for run_of_arm in (each for point in arm["points"] for each in point["runs"]):
+                needed, due = set[str](), [run_of_arm["leg"]]
+                while due:
+                    needed.add(key := due.pop())
+                    due += [each for each in legs[key]["inputs"] if each not in needed]
+                counted = passes(lambda place, stage, needed=needed: Path(place).name in needed)
+                expect(f"arm {arm['key']}, seed {run_of_arm['seed']}", run_of_arm["passes"], counted)
+        return
+    for trial in report["trials"] if FLAGS["verb"] == "sweep" else ():
+        place = f"trials/{trial['name']}"
+        expect(trial["name"], trial["passes"], passes(lambda at, stage, place=place: at == place))
+    shown = report["cost"]["passes"]
+    if FLAGS["verb"] == "sweep":
+        shared = passes(lambda place, stage: place.startswith("trunks/"))
+        alone = passes(lambda place, stage: place.startswith("trials/") and stage != "trunk")
+        expect("the sweep", shown, shared + alone)
+    else:
+        expect("the run", shown, passes(lambda place, stage: True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill parts of runs at work.")
+    parser.add_argument("--verb", choices=REPORTS, default="run", help="what is disturbed")
     parser.add_argument("--out", type=Path, default=Path("/tmp/punished"))
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--minutes", type=float, default=60.0)
@@ -441,6 +558,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=23001, help="of the control store of the cluster of several nodes")
     parser.add_argument("--keep-cluster", type=int, metavar="PORT", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    FLAGS.update({"verb": options.verb, **ALWAYS, **FLAGS_OF[options.verb]})
     FLAGS.update(text.partition("=")[::2] for text in options.set)
     sys.exit(keep_cluster(options.keep_cluster, 2) if options.keep_cluster else punish(options))
 

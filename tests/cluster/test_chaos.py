@@ -26,6 +26,7 @@ NUM_EPOCHS = 11
 EVERY_EPOCHS = 2  # between two checkpoints of a subset
 SUBSET_STEPS, STEPS = 11, 21  # an epoch, of a subset and of the full set
 FLAGS = {
+    "verb": "run",
     "name": "run",
     "subsets.num": 2,
     "minimize.epochs": 8,
@@ -83,9 +84,8 @@ def test_actors_a_train_worker_and_drivers_that_are_ended_change_no_bit_whatever
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(punish, "FLAGS", FLAGS)
-    monkeypatch.setattr(punish, "EVERY_EPOCHS", EVERY_EPOCHS)
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    settings = {key.replace("-", "_"): value for key, value in FLAGS.items()}
+    settings = {key.replace("-", "_"): value for key, value in FLAGS.items() if key != "verb"}
     run(Config(storage_path=str(undisturbed)).with_overrides(settings))
 
     draw, workers, directory = random.Random(SEED), Workers(), RunDirectory(str(disturbed), "run")
