@@ -1,5 +1,6 @@
 """The pool of actors by itself, on storage that fails them or ends their processes at chosen moments."""
 
+import errno
 import itertools
 import os
 import re
@@ -18,7 +19,7 @@ from raysubset.events import Event, Note, Progress, Retry
 from raysubset.run_directory import RunDirectory
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors import ActorPool, Pack, SubsetFailed
-from raysubset.work import Piece, Run
+from raysubset.work import TEST_PATH, Piece, Run, TestPiece
 from tests.endless import NUM_STEPS
 
 pytestmark = pytest.mark.usefixtures("processes")
@@ -90,6 +91,16 @@ def fail_all_checkpoints(storage: Storage, when: str, path: str) -> None:
         raise OSError("the disk is full")
 
 
+def fill_the_disk(storage: Storage, when: str, path: str) -> None:
+    if when == "before" and "checkpoint-" in path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def die_once_in_a_test(storage: Storage, when: str, path: str) -> None:
+    if when == "before" and path == TEST_PATH and storage.count("deaths") <= 1:
+        os._exit(1)
+
+
 def do_nothing(storage: Storage, when: str, path: str) -> None:
     pass
 
@@ -110,7 +121,10 @@ def do(
     opened = Run(config, Storage(str(folder), "run", act), full_set, put_once(full_set), events.append)
     with ActorPool(opened, num_gpus=0.0) as pool:
         piece = Piece(config, opened.directory, "subsets", subset_id=0, indices=np.arange(200))
-        return list(pool.run([Pack((piece,))], None)), events
+        results = list(pool.run([Pack((piece,))], None))
+        if act is die_once_in_a_test:
+            results = list(pool.run([Pack((TestPiece(config, piece.output, "test"),))], None))
+        return results, events
 
 
 def outcomes(folder: Path) -> list[str]:
@@ -160,6 +174,23 @@ def test_storage_that_fails_an_actor_is_tried_again_by_another(tmp_path: Path) -
 def test_storage_that_always_fails_ends_the_piece_with_the_cause(tmp_path: Path) -> None:
     with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*OSError: the disk is full"):
         do(tmp_path, fail_all_checkpoints)
+
+
+def test_a_leg_s_test_has_no_entry_in_the_ledger_nor_has_one_whose_actor_was_lost(tmp_path: Path) -> None:
+    ((_, record),), events = do(tmp_path, die_once_in_a_test)
+    assert record == RunDirectory(str(tmp_path), "run").read_json(TEST_PATH)
+    assert len([event for event in events if isinstance(event, Retry)]) == 1
+    assert outcomes(tmp_path) == ["done"]  # the minimum
+
+
+def test_a_full_disk_ends_all_work_so_that_no_comparison_or_quorum_goes_on_without_what_it_failed(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        OSError, match=r"^\[Errno 28\] No space left on device: 'rounds/0000/minima/0000/checkpoint-01.pt"
+    ):
+        do(tmp_path, fill_the_disk)
+    assert outcomes(tmp_path) == ["failed", "failed"]
 
 
 def test_a_forward_pass_that_never_ends_is_given_up_after_max_attempts(tmp_path: Path) -> None:

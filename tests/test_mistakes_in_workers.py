@@ -2,6 +2,7 @@
 
 # pyright: reportPrivateImportUsage=false
 
+import errno
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -118,6 +119,18 @@ def test_a_damaged_file_that_a_worker_meets_is_the_drivers_to_have_made_again(di
     with pytest.raises(CorruptFile) as told:
         fit(job, tell=lambda event: None)
     assert told.value.path == damage.path
+
+
+def test_a_full_disk_is_no_failure_of_a_job_without_which_others_could_go_on(directory, monkeypatch):
+    full, left = OSError(errno.ENOSPC, "No space left on device", "checkpoint-00.pt"), ConnectionError("peer")
+
+    def fail(trainer: WatchedTrainer) -> None:
+        raise cloudpickle.loads(cloudpickle.dumps(WorkerGroupError("failed", {0: left, 1: full})))
+
+    monkeypatch.setattr(WatchedTrainer, "fit", fail)
+    job = replace(job_in(directory), workplace=SimpleNamespace(enter=lambda: None))
+    with pytest.raises(OSError, match="No space left on device: 'checkpoint-00.pt'"):
+        fit(job, tell=lambda event: None)
 
 
 def test_errors_of_a_controller_itself_end_a_job(directory, monkeypatch):

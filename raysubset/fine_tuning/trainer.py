@@ -29,7 +29,7 @@ from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
 from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.fine_tuning.process_group import PrivateTorchConfig
 from raysubset.fine_tuning.worker import MistakeError, train_loop
-from raysubset.run_directory import RunDirectory, minimum_path
+from raysubset.run_directory import RunDirectory, is_unusable, minimum_path
 from raysubset.work import Piece
 
 LOOK_S = 1.0  # between two looks at the job
@@ -160,10 +160,10 @@ def fit(job: Job, *, tell: OnEvent) -> None:
 
 
 def _failure(error: Exception, piece: Piece, stalled: str) -> Exception:
-    """Return the error of a job that Ray Train has given up: a ValueError for mistakes, a damaged file's, else a
-    FineTuningFailed."""
+    """Return the error of a job that Ray Train has given up: a ValueError for mistakes, a damaged file's, that of
+    storage which is full or the like, else a FineTuningFailed."""
     causes = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
-    if damage := next((cause for cause in causes if isinstance(cause, CorruptFile)), None):
+    if damage := next((cause for cause in causes if isinstance(cause, CorruptFile) or is_unusable(cause)), None):
         return damage
     if mistake := next((cause for cause in causes if isinstance(cause, MistakeError)), None):
         text = f"{piece.stage}, {mistake.text}"

@@ -16,5 +16,5 @@ from raysubset.errors import CorruptFile
 from raysubset.run_directory.directory import FORMAT, RunDirectory, at_once, load_checkpoint, save_checkpoint
 from raysubset.run_directory.lease import Lease
 from raysubset.run_directory.paths import *  # noqa: F403  the paths of all files
-from raysubset.run_directory.patience import StorageLost
+from raysubset.run_directory.patience import StorageLost, is_unusable
 from raysubset.run_directory.seals import Seal, Sink, size_of

@@ -6,6 +6,7 @@ pafs.PyFileSystem(storage)                # the same for Ray Train, which needs 
 """
 
 import copy
+import errno
 import io
 import logging
 import re
@@ -38,6 +39,13 @@ T = TypeVar("T")
 
 class StorageLost(OSError):
     """Storage has not answered for PATIENCE_S. The message is one line, with the way out."""
+
+
+def is_unusable(error: BaseException | None) -> bool:
+    """Return True if storage is full, read-only or silent, so that other work would fail as well."""
+    return isinstance(error, StorageLost) or (
+        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    )
 
 
 class Patience:

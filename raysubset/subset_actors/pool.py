@@ -18,12 +18,12 @@ from raysubset.errors import ChangedFile, one_line
 from raysubset.events import Attempt, Note, Retry, Start, Waiting
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.pulse import Watch
-from raysubset.run_directory import CorruptFile, checkpoint_path
+from raysubset.run_directory import CorruptFile, checkpoint_path, is_unusable
 from raysubset.run_directory.ledger import Key, Ledger, Work
 from raysubset.subset_actors.crew import Crew, Slot, SubsetFailed, backoff_s
 from raysubset.subset_actors.packs import Backlog, Pack
 from raysubset.training import Weights
-from raysubset.work import AnyPiece, Piece, Run
+from raysubset.work import AnyPiece, Piece, Run, TestPiece
 
 WAIT_S = 0.25  # at most, between two looks at results
 POLL_S = 1.0  # between two looks at actors' progress, draining nodes and actors without a place
@@ -94,7 +94,7 @@ class ActorPool:
             keep: so many actors stay for the next call; others are handed back as soon as no pack is left for them.
 
         Raises:
-            SubsetFailed, FineTuningFailed: if a piece failed for good.
+            SubsetFailed, FineTuningFailed: if a piece failed for good; OSError as results().
             ValueError: if a piece's own work refused its input; the message names the piece.
             TimeoutError: if no actor, or not all workers, could be placed in cluster.wait_timeout_s.
         """
@@ -114,6 +114,7 @@ class ActorPool:
 
         Raises:
             TimeoutError: as run().
+            OSError: if storage that is full, read-only or silent failed a piece for good.
             CorruptFile, ChangedFile: if a file that a piece needs is damaged, or of the user's and another one now.
         """
         start_ref = None if start is None else put_once(start)
@@ -258,6 +259,8 @@ class ActorPool:
             return done
         num_lost, most = backlog.count_lost(lost_pack, got_further=got_further), self._config.actors.max_attempts
         if num_lost >= most:
+            if isinstance(error, RayTaskError) and is_unusable(error.cause):
+                raise error.cause from None  # it is no failure of this piece, without which others could go on
             text = f"{lost_pack.label} was lost {num_lost} times in a row, last on node {slot.ip}: {one_line(error)}"
             failure = _caused(SubsetFailed(text), error)
             return [*done, *((piece, failure) for piece in lost_pack.pieces)]
@@ -332,6 +335,8 @@ def _write_lost(slot: Slot, error: Exception) -> bool:
     pieces, got_further = slot.pack.pieces, False
     ledger = Ledger(pieces[0].directory)
     for place, (piece, attempt) in enumerate(zip(pieces, slot.attempts, strict=True)):
+        if isinstance(piece, TestPiece) and not piece.is_final:
+            continue  # it has no entry when it is done
         opening = Work(*piece.ledger_key, attempt, slot.ip, device="?", started_at=slot.submitted_at)
         entry = ledger.latest(opening)  # as it began, if it died before it wrote more
         if entry.outcome != "running":  # closed by the actor itself

@@ -421,7 +421,7 @@ def check(reference: Path, punished: Path, outcome: Outcome) -> None:
 COSTS = {  # and what follows from them: attempts that were lost cost passes
     *("uri", "environment", "config", "seconds", "cost", "mean", "verdicts", "speed_ups", "network", "by_bandwidth"),
     *("sentence", "passes", "critical_path_passes", "num_steps", "num_network_bytes", "storage_reads", "num_lost"),
-    *("at_once", "recommendation", "conventional", "is_non_inferior"),
+    *("at_once", "recommendation", "conventional", "is_non_inferior", "digest"),
 }
 
 
