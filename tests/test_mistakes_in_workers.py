@@ -129,7 +129,7 @@ def test_a_full_disk_is_no_failure_of_a_job_without_which_others_could_go_on(dir
 
     monkeypatch.setattr(WatchedTrainer, "fit", fail)
     job = replace(job_in(directory), workplace=SimpleNamespace(enter=lambda: None))
-    with pytest.raises(OSError, match="No space left on device: 'checkpoint-00.pt'"):
+    with pytest.raises(OSError, match=r"No space left on device: 'checkpoint-00\.pt'"):
         fit(job, tell=lambda event: None)
 
 
