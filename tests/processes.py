@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from multiprocessing import connection
+from signal import SIGKILL
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
@@ -214,6 +215,7 @@ def install(monkeypatch: pytest.MonkeyPatch, num_cpus: float = 4) -> Processes:
     monkeypatch.setattr(resources, "_published_groups", list)
     monkeypatch.setattr(resources, "_autoscaling_state", lambda: _NO_AUTOSCALER)
     monkeypatch.setattr(pool, "draining_nodes", set)
+    monkeypatch.setattr(pool, "kill_processes", lambda places: [os.kill(pid, SIGKILL) for _, pid in places])
     monkeypatch.setattr(pool, "POLL_S", 0.05)
     monkeypatch.setattr(pool, "WAIT_S", 0.05)
     monkeypatch.setattr(pool, "STOP_GRACE_S", 120.0)  # a step may take as long on a busy machine

@@ -166,7 +166,7 @@ def test_workers_that_are_started_again_after_the_minimum_was_written_leave_it_a
     assert [work.outcome for work in Ledger(directory).read()] == ["done"]
     directory.delete("trunk/weights.safetensors")
     worker._train(job, minimizer, 0)
-    assert [work.outcome for work in Ledger(directory).read()] == ["done", "done"]
+    assert [work.outcome for work in Ledger(directory).read()] == ["lost", "done"]
     assert job.piece.output.files() == record["files"]
 
 

@@ -312,6 +312,8 @@ def test_an_actor_that_stands_still_is_told_of_and_killed_and_its_piece_goes_on_
 ) -> None:
     ray: Ray = fake(1, all_done)
     monkeypatch.setattr(pool_module, "POLL_S", 0.005)
+    killed = list[tuple[str, int]]()
+    monkeypatch.setattr(pool_module, "kill_processes", killed.extend)  # as Ray kills no process that was stopped
     real = ray.wait
 
     def wait(refs: list[Ref], num_returns: int, timeout: float) -> Any:
@@ -327,6 +329,7 @@ def test_an_actor_that_stands_still_is_told_of_and_killed_and_its_piece_goes_on_
     assert re.match(told, warning)
     (retry,) = [event.text for event in events if isinstance(event, Retry)]
     assert "TimeoutError: no step for" in retry
+    assert killed == [("n0", 1)]
     assert [work.outcome for work in Ledger(run.directory).read()] == ["lost"]
     assert len(ray.asked) == 2
 

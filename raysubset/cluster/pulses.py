@@ -6,7 +6,7 @@ for process in processes_at(key).values(): watch.hear(process.pulse, process.pid
 
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import getpid, kill
@@ -82,13 +82,17 @@ def forget(prefix: str) -> None:
     internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
 
 
-def kill_processes(processes: Sequence[Process]) -> None:
-    """Send SIGKILL, by a task on each process's node: Ray asks a process to exit, which a stopped process cannot do."""
+def kill_processes(processes: Iterable[tuple[str, int]]) -> None:
+    """Send SIGKILL, by a task on each process's node: Ray asks a process to exit, which a stopped process cannot do.
+
+    Args:
+        processes: their nodes' ids, and their own.
+    """
     tasks = []
-    for process in processes:
-        place: Any = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+    for node_id, pid in processes:
+        place: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
         task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_kill)
-        tasks.append(task.remote(process.pid))
+        tasks.append(task.remote(pid))
     if tasks:
         ray.wait(tasks, num_returns=len(tasks), timeout=_KILL_S)
 

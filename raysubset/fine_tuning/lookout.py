@@ -91,7 +91,7 @@ class TrainLookout:
             case "lost":
                 self.stalled = f"{watch.in_words()} on {workers_text}: killed (actors.stall_s)"
                 self._tell(Retry(f"{stage}: {self.stalled}; it starts from its last checkpoint"))
-                kill_processes(workers)
+                kill_processes((worker.node_id, worker.pid) for worker in workers)
                 forget(self.key)
                 self.begin()
 

@@ -12,7 +12,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, describe, draining_nodes, put_once
+from raysubset.cluster import STOP_GRACE_S, SYSTEM_ERRORS, describe, draining_nodes, kill_processes, put_once
 from raysubset.costs import Cost
 from raysubset.errors import ChangedFile, one_line
 from raysubset.events import Attempt, Note, Retry, Start, Waiting
@@ -157,6 +157,7 @@ class ActorPool:
             if time.monotonic() - self._looked_at >= POLL_S:
                 for slot in list(crew.busy.values()):
                     if (stall := self._stall_error(slot)) is not None:
+                        kill_processes([(slot.place["node"], slot.place["pid"])])  # or it would keep its place
                         yield self._put_back_lost(slot, backlog, stall)
                 self._hear_reports()
                 self._leave_draining_nodes()
