@@ -195,8 +195,9 @@ def test_a_full_disk_ends_all_work_so_that_no_comparison_or_quorum_goes_on_witho
 
 def test_a_forward_pass_that_never_ends_is_given_up_after_max_attempts(tmp_path: Path) -> None:
     overrides = {"actors.stall_s": 1.0, "model.name": "tests.endless:network", "model.width": None}
+    events: list[Event] = []
     with pytest.raises(SubsetFailed, match=r"subset 0 was lost 2 times in a row, .*TimeoutError: no step for"):
-        do(tmp_path, do_nothing, overrides=overrides, events=(events := []))
+        do(tmp_path, do_nothing, overrides=overrides, events=events)
     told = [type(event) for event in events if isinstance(event, Note | Retry)]
     assert [kind for kind, _ in itertools.groupby(told)] == [Note, Retry, Note]  # on a busy machine one more than once
     works = Ledger(RunDirectory(str(tmp_path), "run")).read()
