@@ -18,6 +18,7 @@ from raysubset.comparison.gathering import gather
 from raysubset.comparison.network import Exchange
 from raysubset.config import Config
 from raysubset.legs.leg import Leg, Start
+from raysubset.pipeline.session import Command
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import comparison_sections
 from raysubset.run_directory import COMPARISON_PATH, RunDirectory
@@ -238,6 +239,13 @@ def test_a_text_is_no_list_of_its_letters_and_a_single_value_is_a_list_of_one(
 ):
     with pytest.raises(ValueError, match=re.escape(told)):
         compare(Config(storage_path=str(tmp_path)), **given)
+
+
+def test_a_seed_that_is_given_twice_counts_once():
+    """Or two seeds, given five times in all, would be called no smoke test, and no arm be found that has them all."""
+    command: Any = SimpleNamespace(config=Config(seed=7))
+    assert Command.chosen_seeds(command, [3, 3, 4, 3, 4], least=0) == [3, 4]
+    assert list(Command.chosen_seeds(command, 2, least=0)) == [7, 8]
 
 
 def test_seeds_of_a_sweep_are_no_letters_of_a_text(tmp_path: Path):

@@ -143,14 +143,14 @@ class Command:
             raise ValueError(text) from error
 
     def chosen_seeds(self, seeds: int | Sequence[int], *, least: int) -> Sequence[int]:
-        """Return the seeds themselves, if `seeds` is their number, from the config's seed on.
+        """Return the seeds themselves, each once; if `seeds` is their number, from the config's seed on.
 
         Raises:
             ValueError: if the number is below `least` or above 1000, or a seed is no whole number.
         """
         values = listed("--seeds", seeds, int)
         if isinstance(seeds, Iterable):
-            return values
+            return list(dict.fromkeys(values))
         (num,) = values
         check_number("--seeds", num, f"[{least}, 1000]")
         return range(self.config.seed, self.config.seed + num)
