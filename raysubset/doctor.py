@@ -25,7 +25,7 @@ from raysubset.config import Config
 from raysubset.costs import bytes_in_words
 from raysubset.data import FullSet, load_full_set
 from raysubset.errors import one_line
-from raysubset.events import Event, Step
+from raysubset.events import Event, Step, per_second
 from raysubset.fine_tuning.streaming import refuse_without_readers
 from raysubset.models import architecture
 from raysubset.pipeline.decisions import most_tuners, refuse_what_has_no_place
@@ -234,7 +234,8 @@ def _time(
     per_s, num_train = speed.examples_per_s, len(full_set.train)
     passes = passes_in_turn(planned_steps(config, plan, num_train, slots))
     seconds = timedelta(seconds=math.ceil(passes * num_train / per_s))
-    text = f"one actor trains on {per_s:,.0f} examples/s: {plan.passes:.2f} passes in {seconds} h, {slots} at a time"
+    speed = f"one actor trains on {per_second(per_s)} examples/s"
+    text = f"{speed}: {plan.passes:.2f} passes in {seconds} h, {slots} at a time"
     yield Check("time", True, f"{text}; start-up, evaluation and sharing a machine come on top")
 
 

@@ -22,6 +22,11 @@ class Event:
 OnEvent = Callable[[Event], None]
 
 
+def per_second(num: float) -> str:
+    """Return '12,345', or '0.023' of a large network's examples in a second."""
+    return f"{num:,.0f}" if num >= 10 else f"{num:.2g}"
+
+
 class Note(Event):
     """A decision made for the user, or a warning; reports hold the notes of the plan."""
 
@@ -92,6 +97,7 @@ class Progress(Event):
     examples_per_s: float
     running_loss: float | None = None  # of the epoch so far
     worker: int | None = None  # rank of a Ray Train worker: all workers share the attempt
+    measured: tuple[int, int] | None = None  # if it measures since long: the examples that are done, and all
 
 
 class Waiting(Event):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 USUAL_TIMES = 10.0  # a beat may take this many times the usual interval, if that is more than stall_s
+MEASURING_S = 10.0  # a measurement that has lasted so long is told
 FIRST_TIMES = 4.0  # the first beats may take this many times stall_s: they compile, start CUDA and open files
 _MOST_BETWEEN_LOOKS_S = 10.0  # a longer gap between looks counts as this: the watcher itself was stopped meanwhile
 
@@ -22,17 +23,20 @@ class Pulse:
 
     num_beats: int = 0
     usual_s: float | None = None  # mean time between two beats without the first interval; None before the third
+    measured: tuple[int, int] | None = None  # examples of a long measurement: those that are done, and all
 
 
 # Of this process, which does one piece of work at a time: the number of beats, and when the second and the last came.
 # Other threads read it, so each beat replaces it
 _beats: tuple[int, float, float] = (0, 0.0, 0.0)
+_measured: tuple[int, int] | None = None  # as in Pulse, from the first example on
+_measuring_at = 0.0
 
 
 def begin() -> None:
     """Start counting beats for a new piece of work."""
-    global _beats
-    _beats = (0, 0.0, 0.0)
+    global _beats, _measured
+    _beats, _measured = (0, 0.0, 0.0), None
 
 
 def beat() -> None:
@@ -43,10 +47,19 @@ def beat() -> None:
     _beats = (num + 1, now if num < 2 else second_at, now)
 
 
+def measuring(num_done: int, num: int) -> None:
+    """Note that of `num` examples so many are measured; the measurement begins at none and ends at all."""
+    global _measured, _measuring_at
+    if not num_done:
+        _measuring_at = time.monotonic()
+    _measured = (num_done, num) if num_done < num else None
+
+
 def pulse() -> Pulse:
     """Return this process's pulse."""
     num, second_at, last_at = _beats
-    return Pulse(num, (last_at - second_at) / (num - 2) if num > 2 else None)
+    measured = _measured if time.monotonic() - _measuring_at >= MEASURING_S else None
+    return Pulse(num, (last_at - second_at) / (num - 2) if num > 2 else None, measured)
 
 
 class Watch:

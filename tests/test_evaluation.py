@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from raysubset import pulse
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.tasks import CrossEntropy, Spec, SquaredError
@@ -20,6 +21,7 @@ from raysubset.training import (
     evaluate,
     evaluate_for_ensemble,
     evaluation,
+    gram_matrices,
     metrics_of_outputs,
     predict,
     recompute_batch_norm,
@@ -196,7 +198,7 @@ def test_large_examples_are_measured_fewer_at_a_time_and_small_ones_by_500():
     model = nn.Sequential(nn.AvgPool2d(3000), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 3))
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     evaluate(model, data, MinimizeConfig())
-    assert sizes == [3, 2]  # 27 million numbers at most
+    assert sizes == [2, 3, 2]  # 27 million numbers at most, after a look at two examples
     sizes.clear()
     recompute_batch_norm(model, data, MinimizeConfig())
     assert sizes == [3, 2]
@@ -206,6 +208,47 @@ def test_large_examples_are_measured_fewer_at_a_time_and_small_ones_by_500():
         == evaluation.evaluation_batch(Spec((128,), (128, 256), 256))
         == 500
     )
+
+
+class Wide(nn.Module):
+    """Returns 2**23 numbers of each example, beside another tensor, without the memory for them."""
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return inputs, {"wide": inputs.new_zeros(1).expand(len(inputs), 2**23)}
+
+
+def test_networks_with_much_between_their_modules_are_measured_fewer_examples_at_a_time():
+    data, sizes = image_examples(torch.zeros(11, 1, 1, 1, dtype=torch.uint8), torch.arange(11) % 3), list[int]()
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.norm, self.head = Wide(), nn.BatchNorm1d(1), nn.Linear(1, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            sizes.append(len(images))
+            return self.head(self.norm(self.wide(images.flatten(1))[0]))
+
+    model = Network()
+    evaluate(model, data, MinimizeConfig())
+    assert sizes == [2, 4, 4, 3]  # 2**25 numbers at most
+    sizes.clear()
+    recompute_batch_norm(model, data, MinimizeConfig())
+    gram_matrices(model, data, MinimizeConfig())
+    assert sizes == [4, 4, 3] * 2
+
+
+def test_a_measurement_says_how_far_it_is_once_it_lasts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pulse, "MEASURING_S", 0.0)
+    told = list[tuple[int, int] | None]()
+    model = cnn()
+    model.register_forward_pre_hook(lambda _, inputs: told.append(pulse.pulse().measured))
+    evaluate(model, examples(1200), RECIPE)
+    assert told[-3:] == [(0, 1200), (500, 1200), (1000, 1200)]
+    assert pulse.pulse().measured is None
+    monkeypatch.setattr(pulse, "MEASURING_S", 10.0)
+    evaluate(model, examples(600), RECIPE)
+    assert told[-2:] == [None, None]
 
 
 def test_a_single_left_over_example_is_no_batch_of_its_own():

@@ -1,4 +1,5 @@
 import io
+import math
 import os
 import pty
 import re
@@ -17,6 +18,7 @@ from rich.console import Console
 from raysubset.cli.course import Course
 from raysubset.cli.live import LiveView, PlainLines, telling
 from raysubset.config import Config
+from raysubset.costs import Cost
 from raysubset.data import load_full_set
 from raysubset.events import (
     Attempt,
@@ -38,6 +40,7 @@ from raysubset.events import (
     stage_event,
 )
 from raysubset.planning import make_plan, planned_steps
+from raysubset.work.reports import Report
 
 
 class Clock:
@@ -304,6 +307,24 @@ def test_a_process_that_begins_anew_has_no_row_of_what_it_did_before():
         if seconds == 0.01:
             assert len(view._at_work.since(0)) == 2
     assert [event.attempt.subset for event in view._at_work.since(0)] == [50]
+
+
+def test_long_measurements_and_slow_networks_have_numbers(capsys: pytest.CaptureFixture[str]):
+    report = Report(epoch=8.0, num_epochs=8.0, loss=0.2, running_loss=math.nan, examples_per_s=0.0234, cost=Cost())
+    training, measured = (report.event(an_attempt(1), measured=measured) for measured in (None, (40, 3370)))
+    assert training.text == "subset 1: epoch 8.0 of 8, 0.023 examples/s"
+    assert measured.text == "subset 1 is measured; 40 of 3370 examples"
+    lines = screen_of([PLAN, stage_event("subsets", ""), progress(0, 2.0), measured], width=80, each_s=0.5)
+    assert lines[2].split() == ["subset", "0", "2.0", "/", "8", "0.2500", "100", "10.0.0.7"]
+    assert lines[3].split() == ["subset", "1", "measured", "40", "of", "3,370", "0.023", "10.0.0.7"]
+
+    def tell(plain: PlainLines, clock: Clock) -> None:
+        for event in (PLAN, progress(0, 2.0)):
+            plain(event)
+        clock.now += 10
+        plain(measured)
+
+    assert lines_of(tell, capsys)[-1].endswith("2 at work, mean loss 0.2500, 1 of them measured, 100 examples/s")
 
 
 def test_workers_of_ray_train_have_a_row_each_within_the_epoch():

@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, RaySystemError, RayTaskError
 
 from raysubset import Config
 from raysubset.errors import ChangedFile
-from raysubset.events import Event, Note, Retry, Start
+from raysubset.events import Event, Note, Retry, Start, Waiting
 from raysubset.fine_tuning import FineTuningFailed
 from raysubset.pulse import Pulse
 from raysubset.run_directory import CorruptFile, RunDirectory
@@ -403,6 +403,30 @@ def test_waiting_without_any_actor_is_told_and_ends(tmp_path: Path, fake: Any, m
         "3 actors of 1 CPU each wait to start, or for a place; work not begun: 3, actors up: 0"
     )
     assert ray.alive == []
+
+
+def test_what_reports_no_steps_says_how_far_its_measurement_is(
+    tmp_path: Path, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = fake(1, all_done)
+    monkeypatch.setattr(pool_module, "POLL_S", 0.0)
+    real_wait, real_get, reports = ray.wait, ray.get, list[Ref]()
+
+    def wait(refs: list[Ref], num_returns: int, timeout: float) -> tuple[list[Ref], list[Ref]]:
+        return real_wait([ref for ref in refs if ref.method != "do" or reports], num_returns, timeout)
+
+    def get(ref: Ref) -> Any:
+        if ref.method != "report":
+            return real_get(ref)
+        reports.append(ref)
+        return Pulse(3, 0.1, (40, 337)), {}
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", get)
+    run = opened(tmp_path, events := [])
+    with ActorPool(run, num_gpus=0.0) as pool:
+        list(pool.run([Pack((piece,)) for piece in pieces_of(run, 1)], None))
+    assert "subset 0 is measured; 40 of 337 examples" in [event.text for event in events if isinstance(event, Waiting)]
 
 
 MINIMUM = {

@@ -148,7 +148,9 @@ class PlainLines:
         if len(rows) > 1:
             losses = [row.running_loss for row in rows if row.running_loss is not None]
             at_work = f"{len(rows)} at work" + (f", mean loss {fmean(losses):.4f}" if losses else "")
-            at_work += f", {sum(row.examples_per_s for row in rows):,.0f} examples/s"
+            if num_measured := sum(row.measured is not None for row in rows):
+                at_work += f", {num_measured} of them measured"
+            at_work += f", {events.per_second(sum(row.examples_per_s for row in rows))} examples/s"
         self._line("; ".join(part for part in (_how_far(self._course), text, at_work) if part))
 
     def _line(self, event: events.Event | str, more: str = "") -> None:
@@ -299,4 +301,6 @@ def _cells(event: events.Start | events.Progress) -> tuple[str, ...]:
         name = f"{name} {event.worker}"
     loss = event.loss if event.running_loss is None else event.running_loss
     numbers = (f"{event.epoch:.1f} / {event.num_epochs:g}", "" if loss is None else f"{loss:.4f}")
-    return name, *numbers, f"{event.examples_per_s:,.0f}", attempt.ip
+    if event.measured is not None:
+        numbers = ("measured", "{:,} of {:,}".format(*event.measured))
+    return name, *numbers, events.per_second(event.examples_per_s), attempt.ip

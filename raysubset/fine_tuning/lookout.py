@@ -100,7 +100,7 @@ class TrainLookout:
         names = self._piece.directory.name, self._piece.label
         attempt = Attempt(self._piece.stage, 0, None, 0, process.node_id, process.node, process.pid, *names)
         for report in process.reports.values():
-            self._tell(report.event(attempt, worker=rank))
+            self._tell(report.event(attempt, worker=rank, measured=process.pulse.measured))
 
     def _wait_for_places(self, now: float) -> None:
         if now - self._notice_at < WAIT_NOTICE_S or now - self._placed_at < WAIT_NOTICE_S:

@@ -10,7 +10,7 @@ from typing import Any
 from raysubset.config import Config, MinimizeConfig, TrainingStage, flatten
 from raysubset.costs import bytes_in_words
 from raysubset.errors import listed
-from raysubset.events import Note
+from raysubset.events import Note, per_second
 from raysubset.quality import Quality, quality_of
 from raysubset.report.beside import Beside, held_against
 from raysubset.report.commands import command
@@ -199,7 +199,7 @@ def _stages(record: Record) -> Section:
 
     def examples_per_s(cost: Record) -> str:
         num = cost["passes"] * record["data"]["num_train"]
-        return f"{num / cost['device_s']:,.0f}" if cost["device_s"] else ""
+        return per_second(num / cost["device_s"]) if cost["device_s"] else ""
 
     columns = (
         ("stage", lambda row: row[0]),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
+from raysubset.events import per_second
 from raysubset.report.drawing import BAD, COLOURS, GREY, Chart, Plot
 from raysubset.report.figures import Record
 from raysubset.report.parts import Section, table
@@ -99,7 +100,8 @@ def _bar(chart: Chart, row: int, work: Work, begun: float, colour: str) -> None:
     text = subset + "′" * work.attempt + (f"×{work.num_workers}" if work.num_workers > 1 else "")
     facts = [f"{name} {subset}".rstrip() + f", round {work.round + 1}", f"{work.wall_s:.2f} s"]
     facts += [f"waited {work.waited_s:.2f} s"] if work.waited_s >= 0.01 else []
-    facts += [f"{work.cost.num_forward / work.wall_s:,.0f} examples/s"] if work.cost.num_forward and work.wall_s else []
+    if work.cost.num_forward and work.wall_s:
+        facts.append(f"{per_second(work.cost.num_forward / work.wall_s)} examples/s")
     facts += [work.node] if work.outcome == "done" else [work.outcome, work.node]
     ended_badly = work.outcome in _ENDED_BADLY
     chart.bar(row, start, end, colour, name, alpha=0.35 if ended_badly else 1.0, text=text, tip="\n".join(facts))

@@ -309,7 +309,10 @@ class ActorPool:
             return
         slot.watch.hear(pulse)
         for place, report in slot.reports.items():
-            self._tell(report.event(_attempt(slot, place)))
+            self._tell(report.event(_attempt(slot, place), measured=pulse.measured))
+        if pulse.measured and not slot.reports:  # an aggregate, or the run's end
+            num_done, num = pulse.measured
+            self._tell(Waiting(f"{slot.pack.label} is measured; {num_done} of {num} examples"))
 
 
 def _outcomes(backlog: Backlog, piece: AnyPiece, result: Outcome) -> list[Done]:

@@ -1,13 +1,15 @@
 """Losses, metrics and batch-norm statistics of a model on examples: forward work only."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -15,14 +17,17 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from raysubset.config import MinimizeConfig
 from raysubset.data import Batches, Examples, even_sizes
 from raysubset.models import learning_batch_norms, modes_restored, modules_in_training
+from raysubset.pulse import measuring
 from raysubset.tasks import Spec, Task, added, sums_of
 from raysubset.training.records import Metrics
 
 MOST_SAMPLED_BYTES = 2**20  # of outputs that members save: those of texts and masks would outweigh their weights
 EVALUATION_BATCH = 500  # examples of a forward pass; more does not help a CPU and less does not fill a GPU
-MOST_EVALUATED = 2**25  # numbers in or out of a forward pass: fewer examples, so that a step's memory suffices for it
+MOST_EVALUATED = 2**25  # numbers that go into a module or come out: fewer examples, so that a step's memory suffices
 STATISTICS_SEED = 0  # of the order and augmentation of the batches that batch-norm statistics are of
 SPECTRAL_ITERATIONS = 30  # of the power method; the norm's error falls with the square of the vectors'
+
+_widest: MutableMapping[nn.Module, int] = WeakKeyDictionary()  # numbers of an example that a network's modules return
 
 
 def widened(outputs: Tensor) -> Tensor:
@@ -30,10 +35,43 @@ def widened(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
-def evaluation_batch(spec: Spec) -> int:
-    """Return the number of examples of a forward pass: EVALUATION_BATCH, or fewer large ones: 222 of 3×224×224."""
-    most = MOST_EVALUATED // max(math.prod(spec.inputs), spec.num_outputs)
+def evaluation_batch(spec: Spec, widest: int = 0) -> int:
+    """Return the number of examples of a forward pass: EVALUATION_BATCH, or fewer large ones: 222 of 3×224×224.
+
+    Args:
+        widest: the most numbers of an example that a module returns.
+    """
+    most = MOST_EVALUATED // max(math.prod(spec.inputs), spec.num_outputs, widest)
     return max(1, min(EVALUATION_BATCH, most))
+
+
+def batch_of(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
+    """Return evaluation_batch() for a network: two examples pass it first, once in a process, to see its modules."""
+    if model not in _widest:
+        num, sizes = min(2, len(examples)), [0]
+
+        def look(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            sizes.extend(tensor.numel() // num for tensor in _tensors(outputs))
+
+        layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": next(model.parameters()).dtype}
+        inputs, _ = next(iter(examples.in_order([num, len(examples) - num], **layout)))
+        handle = register_module_forward_hook(look)
+        try:
+            with evaluation_mode(model), torch.no_grad():
+                model(inputs)
+        finally:
+            handle.remove()
+        _widest[model] = max(sizes)
+    return evaluation_batch(examples.task.spec(), _widest[model])
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a module returns, also in tuples, lists and dicts."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, Mapping | tuple | list):
+        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors(part)
 
 
 @torch.no_grad()  # in inference mode a network could not compute derivatives of its own
@@ -86,7 +124,8 @@ def evaluate_for_ensemble(model: nn.Module, examples: Examples, recipe: Minimize
 
 def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
     """Return loss and qualities of outputs: those of predict(), or an ensemble's."""
-    sizes = _sizes(len(targets), task) if task.compares_examples else [len(targets)]
+    size = evaluation_batch(task.spec()) if task.compares_examples else len(targets)
+    sizes = _sizes(len(targets), task, size)
     loss, sums = 0.0, dict[str, Any]()
     for batch in zip(outputs.split(sizes), targets.split(sizes), strict=True):
         loss += float(task.reported_loss(batch[0].double(), batch[1]))
@@ -97,14 +136,16 @@ def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
 def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
     dtype = next(model.parameters()).dtype
     with evaluation_mode(model):
-        sizes = _sizes(len(examples), examples.task)
+        sizes, num_done = _sizes(len(examples), examples.task, batch_of(model, examples, recipe)), 0
+        measuring(num_done, len(examples))
         for inputs, targets in examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype):
             yield widened(model(inputs)).detach(), targets
+            num_done += len(targets)
+            measuring(num_done, len(examples))
 
 
-def _sizes(num: int, task: Task) -> list[int]:
+def _sizes(num: int, task: Task, size: int) -> list[int]:
     """Return the sizes of the batches in which `num` examples are measured: equal if the task compares them."""
-    size = evaluation_batch(task.spec())
     if task.compares_examples:
         return even_sizes(num, math.ceil(num / size))
     full, remainder = divmod(num, size)
@@ -147,7 +188,7 @@ def recompute_batch_norm(
     if not layers:
         return 0
     num = num_sampled or len(examples)
-    sizes = even_sizes(num, math.ceil(num / evaluation_batch(examples.task.spec())))
+    sizes = even_sizes(num, math.ceil(num / batch_of(model, examples, recipe)))
     layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": next(model.parameters()).dtype}
     if num_sampled or examples.is_augmented:
         batches = examples.epoch(batch_sizes=sizes, order_seed=seed, augmentation_seed=seed, **layout)

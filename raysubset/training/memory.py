@@ -49,7 +49,7 @@ def minimizing_bytes(model: nn.Module, recipe: MinimizeConfig, spec: Spec, *, nu
     batch *= CHUNK_BATCHES if recipe.optimizer in WHOLE_SUBSET else 1
     (few, _), (more, largest) = (_saved_bytes(model, recipe, num, spec) for num in _PROBED)
     saved = (more - few) // (_PROBED[1] - _PROBED[0])  # per example
-    activations = max(few + (batch - _PROBED[0]) * saved, 2 * evaluation_batch(spec) * largest)
+    activations = max(few + (batch - _PROBED[0]) * saved, 2 * evaluation_batch(spec, largest // 4) * largest)
     return num_examples * _example_bytes(spec) + copies + activations
 
 

@@ -15,7 +15,7 @@ from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.models import has_dropout
 from raysubset.tasks import Task
-from raysubset.training.evaluation import EVALUATION_BATCH, evaluation_batch, evaluation_mode, widened
+from raysubset.training.evaluation import EVALUATION_BATCH, batch_of, evaluation_mode, widened
 
 MOST_ELEMENTS = 2**24  # of per-example gradients, or of unfolded inputs, held at a time
 CPU_EXAMPLES = 16  # whose gradients a CPU computes at a time: a quarter of the time that 300 take each (MNIST CNN)
@@ -151,7 +151,7 @@ def _sampled_batches(
     """Yield inputs and targets of a sample of the examples, in the order of the examples."""
     num = len(examples) if num_examples is None else min(num_examples, len(examples))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-    size = evaluation_batch(examples.task.spec())
+    size = batch_of(model, examples, recipe)
     for indices in order[:num].sort().values.to(examples.device).split(size):
         yield examples.batch(indices, channels_last=recipe.channels_last, dtype=next(model.parameters()).dtype)
 

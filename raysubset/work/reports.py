@@ -27,16 +27,22 @@ class Report:
         losses = (progress.loss, progress.running_loss())
         return cls(progress.epoch, num_epochs, *losses, per_s, cost)
 
-    def event(self, attempt: events.Attempt, *, worker: int | None = None) -> events.Progress:
+    def event(
+        self, attempt: events.Attempt, *, worker: int | None = None, measured: tuple[int, int] | None = None
+    ) -> events.Progress:
         """Return the event that tells of it.
 
         Args:
             worker: rank of a Ray Train worker, whose losses are those of its share.
+            measured: of its process's pulse.
         """
         loss, running_loss = (number if math.isfinite(number) else None for number in (self.loss, self.running_loss))
         who = attempt.label if worker is None else f"{attempt.label}, worker {worker}"
         loss_text = "" if running_loss is None else f", loss {running_loss:.4f}"
-        text = f"{who}: epoch {self.epoch:.1f} of {self.num_epochs:g}{loss_text}, {self.examples_per_s:,.0f} examples/s"
+        speed = events.per_second(self.examples_per_s)
+        text = f"{who}: epoch {self.epoch:.1f} of {self.num_epochs:g}{loss_text}, {speed} examples/s"
+        if measured:
+            text = f"{who} is measured; {measured[0]} of {measured[1]} examples"
         whole_loss = loss if worker is None else None
         numbers = (self.epoch, self.num_epochs, whole_loss, self.examples_per_s, running_loss)
-        return events.Progress(text, attempt, *numbers, worker=worker)
+        return events.Progress(text, attempt, *numbers, worker=worker, measured=measured)
