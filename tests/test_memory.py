@@ -1,16 +1,20 @@
 """Memory of a minimization against counts by hand, and the warning it leads to by fake numbers."""
 
+import gc
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from raysubset.config import MinimizeConfig
+from raysubset.config import AveragingConfig, ExtrapolationConfig, MinimizeConfig, SkippingConfig
+from raysubset.data import Examples
 from raysubset.subset_actors.crew import PROCESS_BYTES, memory_warning
 from raysubset.tasks import Spec
-from raysubset.training import forward_share, minimizing_bytes
-from tests.tiny import linear, same_bits, weights
+from raysubset.training import forward_share, minimize, minimize_packed, minimizing_bytes
+from tests.tiny import SQUARED_ERROR, examples, linear, same_bits, weights
 
 SGD_COPIES = 4  # weights, gradient, momentum, best
 
@@ -122,3 +126,41 @@ def test_the_warning_has_the_figures_and_the_way_out():
     alone = memory_warning(5_500_000_000, 2_000_000_000, num_gpus=1.0, most_actors=8)
     assert alone is not None
     assert alone.startswith("1 actor(s) of 1 GPU need an estimated 6.00 GB of a card's 2.00 GB")
+
+
+FREED: dict[str, dict[str, Any]] = {
+    "adam": {"optimizer": "adam"},
+    "averaged": {"averaging": AveragingConfig(kind="ema")},
+    "extrapolated": {"extrapolation": ExtrapolationConfig(kind="past_local")},
+    "skipping": {"skipping": SkippingConfig(kind="wus")},
+    "lbfgs": {"optimizer": "lbfgs"},
+    "levenberg_marquardt": {"optimizer": "levenberg_marquardt", "patience": 0},
+    "own_loop": {"loop": "tests.own_loops:momentum"},
+    "own_objective": {"objective": "tests.own_objectives:mixup"},
+}
+
+
+def alive_after(name: str, data: Examples) -> list[nn.Module | None]:
+    """Minimize two networks that nobody else holds, and return those that are still there without a collection."""
+    recipe = MinimizeConfig(epochs=2, batch_size=8, **FREED.get(name, {}))
+    models, states = [linear(64, seed=n) for n in range(2)], list[Any]()
+    refs = [weakref.ref(model) for model in models]
+    gc.collect()
+    gc.disable()
+    try:
+        if name == "packed":
+            minimize_packed(models, [data] * 2, recipe, seeds=[1, 2], on_step=lambda p: states.append(p[1].capture()))
+        else:
+            minimize(models[0], data, recipe, seed=1, on_step=lambda progress: states.append(progress.capture()))
+        states.clear()
+        del models
+        return [ref() for ref in refs]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", [*FREED, "packed"])
+def test_a_network_is_freed_at_the_end_of_its_minimization_without_the_garbage_collector(name: str):
+    data = examples(objective=SQUARED_ERROR) if name == "levenberg_marquardt" else examples()
+    alive_after(name, data)  # torch imports modules at the first call, and keeps what called
+    assert alive_after(name, data) == [None, None]

@@ -155,7 +155,6 @@ def minimize(
         loss_sum = loss_sum + loss.detach()  # a new tensor, because other threads read progress.summed
         return outputs.detach()
 
-    progress.capture = capture
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if state is not None:
             model.load_state_dict(state["model"])
@@ -235,7 +234,7 @@ def minimize(
                     if not best or mean < best["loss"]:
                         best = {"loss": mean, "model": {k: v.detach().clone() for k, v in model.state_dict().items()}}
             progress.cost, progress.summed = cost(), (loss_sum, num_summed / shard.num)
-            if on_step is not None and (request := on_step(progress)) and outcome is None:
+            if on_step is not None and (request := on_step(progress.with_capture(capture))) and outcome is None:
                 outcome = request if isinstance(request, str) else "stopped"
     optimizer.zero_grad()
     techniques.close()

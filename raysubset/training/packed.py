@@ -92,7 +92,7 @@ def minimize_packed(
     pack = _Pack(models, examples, recipe, seeds, states, optimizer_states)
     while pack.running:
         pack.step(schedule_span)
-        stop = bool(on_step and on_step({m.number: m.progress for m in pack.running if m.result is None}))
+        stop = bool(on_step and on_step(pack.progresses()))
         pack.end_finished(stop=stop)
     if examples[0].device.type == "cuda":
         torch.cuda.synchronize(examples[0].device)
@@ -161,8 +161,6 @@ class _Pack:
         self._precision: AbstractContextManager[object] = mixed_precision(device, self._dtype, recipe.precision)
         sums = [0.0 if state is None else state["loss_sum"] for state in states]
         self._loss_sums = torch.tensor(sums, dtype=widest_dtype(device)).to(device)  # by member's number
-        for member in self.members:
-            member.progress.capture = partial(self._capture, member)
         self.end_finished(stop=False)
 
     def step(self, schedule_span: tuple[float, float]) -> None:
@@ -258,6 +256,11 @@ class _Pack:
                 member.result = MinimizeResult(outcome, history, member.progress.cost, state)
         self.running = [self.running[row] for row in rows]
         self._stack.keep(rows)
+
+    def progresses(self) -> dict[int, Progress]:
+        """Return the progress of the running members, by number."""
+        members = [member for member in self.running if member.result is None]
+        return {member.number: member.progress.with_capture(partial(self._capture, member)) for member in members}
 
     def _capture(self, member: _Member) -> dict[str, Any]:
         """Return the state of a running member, in minimize()'s format."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -113,6 +113,11 @@ class Progress:
     empty, must be replaced by each worker's. Within an epoch that worker's part of the loss so far stands for all
     parts, so the history of a job resumed there may differ in that one number.
     """
+
+    def with_capture(self, capture: Callable[[], dict[str, Any]]) -> "Progress":
+        """Return a copy for on_step(). If the loop's own had capture(), which needs it, both would hold the network and
+        the optimizer after the end, until Python looks for cycles: a card has no room for two."""
+        return replace(self, capture=capture)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the checkpoints of every loop hold. `position` orders them."""

@@ -159,7 +159,6 @@ def _minimize(
             "outcome": outcome,
         }
 
-    progress.capture = capture
     smallest = max(recipe.gradient_tolerance or 0.0, LEAST_SLOPE)
     least = recipe.tolerance or (LEAST_DECREASE if recipe.gradient_tolerance is None else 0.0)
     while outcome is None and (progress.step + stepper.least_thirds <= progress.num_steps or not progress.history):
@@ -188,7 +187,7 @@ def _minimize(
         elif (decrease < least or decrease <= 0) and progress.step < progress.num_steps:
             outcome = "tolerance"
         progress.cost = cost()
-        if on_step is not None and (request := on_step(progress)) and outcome is None:
+        if on_step is not None and (request := on_step(progress.with_capture(capture))) and outcome is None:
             outcome = request if isinstance(request, str) else "stopped"
     model.zero_grad()
     if patience:
