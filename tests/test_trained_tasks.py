@@ -76,6 +76,24 @@ def test_a_regressions_outputs_are_in_the_targets_units(prices, tmp_path):
     torch.testing.assert_close(model(raw.float()), expected.float())
 
 
+def test_a_networks_cast_to_half_precision_leaves_its_scaling_exact(prices, tmp_path):
+    network, task = saved(prices, tmp_path / "run").bfloat16(), prices.task
+    raw = torch.tensor([[100.0, 1.0, 0.0], [50.0, 0.0, 1.0]], dtype=torch.float64)
+    shift, scale = task.inputs.scaling()
+    expected = network(((raw - shift) / scale).bfloat16()).double() * task.std[0] + task.mean[0]
+    model = load_model(str(tmp_path / "run")).bfloat16()
+    torch.testing.assert_close(model(raw), expected)
+    assert model(raw.bfloat16()).dtype == torch.float32  # prices beyond 65,504 are infinite in float16
+    assert [buffer.dtype for _, buffer in model.named_buffers()] == [torch.float64] * 4
+
+    def refuse_float64(tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.dtype != torch.float64, "MPS has none"
+        return tensor.float()
+
+    model._apply(refuse_float64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 def test_dates_in_seconds_are_predicted_to_the_second(tmp_path, caplog):
     """Numbers about 1.7e9, in and out, of which float32 has every 128th."""
     generator = np.random.default_rng(0)

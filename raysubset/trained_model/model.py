@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import pyarrow as pa
 import torch
@@ -92,6 +92,20 @@ class TrainedModel(nn.Module):
         for name, values in scaling.items():
             self.register_buffer(name, values, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the network, and move its scaling: half precision would round it, and MPS refuses float64."""
+        scaling, self._buffers = self._buffers, {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers = scaling
+        to = next(self.network.parameters())
+        for name, values in scaling.items():
+            assert values is not None
+            wide = torch.promote_types(values.dtype, to.dtype)
+            self._buffers[name] = values.to(to.device, torch.float32 if to.device.type == "mps" else wide)
+        return self
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Return outputs float32 [N, *spec.outputs]: logits for classes, numbers in the targets' units for regression.
 
@@ -173,10 +187,11 @@ class TrainedModel(nn.Module):
         return task.vocabulary.decode(tokens[prompt_length:])
 
     def _in_units(self, outputs: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return numbers in the targets' units, computed in the wider of their type and another; classes unchanged."""
+        """Return numbers in the targets' units, float32 or, if `dtype` is, float64; classes unchanged."""
         if not isinstance(self.record.task, Regression):
             return outputs
-        wide = outputs.to(torch.float64 if dtype == torch.float64 else outputs.dtype)
+        widest = torch.promote_types(outputs.dtype, torch.float32)  # half precision ends at 65,504
+        wide = outputs.to(torch.float64 if dtype == torch.float64 else widest)
         return wide * self.target_std.to(wide.dtype) + self.target_mean.to(wide.dtype)
 
 
