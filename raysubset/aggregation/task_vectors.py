@@ -1,4 +1,7 @@
-"""Arithmetic on differences of weights: from the common start (TIES, DARE), or from minima on a part of each subset."""
+"""Arithmetic on differences of weights: from the common start (TIES, DARE), or from minima on a part of each subset.
+
+Measured, TIES and DARE were behind the plain mean, SAVGM slightly ahead (jobs/aggregators_mnist.py).
+"""
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -45,7 +45,7 @@ class ExtrapolationConfig(_Variation, prefix="minimize.extrapolation."):
 
     kind: Literal["none", "past_local", "past_global", "isotropic", "filter_scaled"] = "none"
     """Extrapolate along this worker's last gradient, the last gradient of all workers, random directions, or random
-    directions scaled to the norm of each filter."""
+    directions scaled to the norm of each filter. None was ahead of plain steps when measured."""
     rate: Annotated[float, "[0, 1]"] = 0.5
     """Extrapolation rate as a share of the learning rate; our choice. For isotropic the product is the noise's standard
     deviation, for filter_scaled its length relative to each filter's norm."""

@@ -82,8 +82,9 @@ class AggregationConfig(Part, prefix="aggregation."):
     method: Annotated[str, (*AGGREGATIONS, "package.module:function")] = "uniform_soup"
     """How the minima are aggregated: their mean (uniform_soup), a weighted mean (weighted_soup), a mean of those that
     help (greedy_soup), the best one (select_best); means weighted by curvature (fisher, regmean); of task vectors
-    (ties, dare); without the subset bias (savgm); after permuting units (aligned_soup, for independent starts);
-    whichever of these validates best (auto); or your own package.module:function of (minima, context)."""
+    (ties, dare); without the subset bias (savgm); after permuting units (aligned_soup, for independent starts;
+    select_best was better); whichever of these validates best (auto); or your own package.module:function of (minima,
+    context)."""
     weight_by: Literal["examples", "validation_loss"] = "examples"
     """Weights of weighted_soup: the subsets' sizes, or the inverse of the minima's validation loss, which may not
     be below 0."""

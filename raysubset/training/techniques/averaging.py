@@ -1,5 +1,7 @@
 """Averages of weights along the way: PSWA, PWALKS and PSWM (arXiv:1905.05774), EMA, and SWA (arXiv:1803.05407).
 
+Measured, PSWA, PWALKS and PSWM were behind plain steps after few passes (jobs/tasks/sisters.py).
+
 PSWA     at each epoch's end  w ← mean of the epoch's samples           a sample every `period` epochs
 PWALKS                        w ← mean of the last num_samples samples, of whichever epoch
 PSWM     W ← β·W + (1 − β)·sample, and at each epoch's end  w ← W

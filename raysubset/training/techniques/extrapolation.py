@@ -1,5 +1,7 @@
 """Extrap-SGD (arXiv:2006.05720): gradients are taken ahead of the weights that they move.
 
+Measured, it was not ahead of plain steps (jobs/tasks/sisters.py).
+
 With learning rate γ, extrapolation rate γ̂ = rate · γ, momentum u and worker k:
 
     w½_k = w − γ̂·ζ_k        g_k = ∇f_k(w½_k) + λ·w½_k        v ← u·v + mean of g_k        w ← w − γ·v

@@ -1,5 +1,7 @@
 """Weight Update Skipping, WUS and WUS+LR (arXiv:2012.02792): while accuracy hardly improves, only biases move.
 
+Measured, the time that it saves costs accuracy (jobs/tasks/sisters.py).
+
 Written from the abstract, which has the principle; the rule is our own. Training accuracy (of other tasks, the value of
 their watched()) is that of the batches as they come, over windows. A new window begins after the last, and at every
 change:
