@@ -234,8 +234,8 @@ def _time(
     per_s, num_train = speed.examples_per_s, len(full_set.train)
     passes = passes_in_turn(planned_steps(config, plan, num_train, slots))
     seconds = timedelta(seconds=math.ceil(passes * num_train / per_s))
-    speed = f"one actor trains on {per_second(per_s)} examples/s"
-    text = f"{speed}: {plan.passes:.2f} passes in {seconds} h, {slots} at a time"
+    rate = f"one actor trains on {per_second(per_s)} examples/s"
+    text = f"{rate}: {plan.passes:.2f} passes in {seconds} h, {slots} at a time"
     yield Check("time", True, f"{text}; start-up, evaluation and sharing a machine come on top")
 
 
