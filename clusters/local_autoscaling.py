@@ -105,6 +105,7 @@ def _environment(config: dict[str, Any]) -> dict[str, str]:
         "RAY_CLOUD_INSTANCE_ID": config["provider"]["head_node_id"],
         "RAY_NODE_TYPE_NAME": config["head_node_type"],
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_prestart_worker_first_driver": "0",  # they would be of no job's runtime environment
         "PYTHONPATH": os.pathsep.join(filter(None, [str(CONFIG_PATH.parent), os.environ.get("PYTHONPATH")])),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # a job's `python` is the head's
     }
