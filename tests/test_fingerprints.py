@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from raysubset.config import Config, DataConfig
@@ -124,6 +122,9 @@ class TestData:
         assert changes(known, found(path, known)) == ["set.parquet has other bytes"]
 
     def test_object_storage_is_asked_for_its_etag_and_the_object_is_not_read(self, tmp_path, monkeypatch):
+        import boto3
+        from moto.server import ThreadedMotoServer
+
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

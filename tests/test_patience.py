@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pyarrow.fs as pafs
 import pytest
-from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
 from raysubset import Config, run
@@ -111,6 +109,8 @@ class Flaky:
     """A server that answers so many requests with 503, and then as moto does. Before the next GET it does something."""
 
     def __init__(self) -> None:
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
         self.num_silent, self._moto = 0, DomainDispatcherApplication(create_backend_app)
         self.before_get: Callable[[], None] | None = None
 
@@ -127,6 +127,8 @@ class Flaky:
 
 @pytest.fixture(scope="module")
 def flaky() -> Iterator[tuple[Flaky, str]]:
+    import boto3
+
     app = Flaky()
     server = make_server("127.0.0.1", 0, app, threaded=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import safetensors
 import safetensors.torch
 import torch
-from moto.server import ThreadedMotoServer
 from torch import nn
 
 from raysubset.config import Config
@@ -49,6 +47,9 @@ def run(tmp_path: Path) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def s3_endpoint() -> Iterator[str]:
+    import boto3
+    from moto.server import ThreadedMotoServer
+
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.setenv(name, "testing")
