@@ -21,6 +21,8 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           Bytes are in no digest since all are counted, as they go by which actor was free: all digests are new, and
           all other numbers and 208 files of weights those of dd47904, compared one by one.
           A comparison's record says since 76d8f7e whether arms may try rates beyond the grid, and sorts what was tried.
+          Of two trunk workers the critical path alone, in passes, is another since c51b87f; a comparison's record has
+          what arms trained with, and bounds of times, since 18a39a0 and f4afcc5.
           default             ca2ee08c2257dbee
           conventional        e383156474ee4956
           rounds              038ff7d786c12383
@@ -34,14 +36,14 @@ Result:   weights, subsets and predictions are those of commit 3b0b55f, before i
           pswa, extrapolated  843f3ff6625625e8
           wus                 913bac628f35a90f
           lbfgs               e1d33e33e9a75a8e
-          two trunk workers   0db4ace045021ca4
+          two trunk workers   ce0f27a7f08f189f
           distillation        fbee10c054a622ba
           shrink-perturb      f8431aa4fb770af3
           packed              547695c6effb9aa2
           streamed            55e3de172b9057b7
-          comparison          4801abd1fca5f05b
+          comparison          945b37437f755678
           sweep               71964f780f3c96dd
-          all                 14d1e1aeecfe8586
+          all                 3f2941e4eefa901b
 """
 
 import argparse
