@@ -119,13 +119,13 @@ def test_actors_that_fit_on_their_card_are_not_warned_of():
 def test_the_warning_has_the_figures_and_the_way_out():
     warning = memory_warning(5_500_000_000, 16_000_000_000, num_gpus=0.25, most_actors=8)
     assert warning is not None
-    assert "4 actor(s) of 0.25 GPU need an estimated 24.00 GB of a card's 16.00 GB" in warning
+    assert "4 actors of 0.25 GPU need an estimated 24.00 GB of a card's 16.00 GB" in warning
     assert (
         "a smaller minimize.batch_size, smaller subsets, or if several share a card a larger actors.num_gpus" in warning
     )
     alone = memory_warning(5_500_000_000, 2_000_000_000, num_gpus=1.0, most_actors=8)
     assert alone is not None
-    assert alone.startswith("1 actor(s) of 1 GPU need an estimated 6.00 GB of a card's 2.00 GB")
+    assert alone.startswith("1 actor of 1 GPU needs an estimated 6.00 GB of a card's 2.00 GB")
 
 
 FREED: dict[str, dict[str, Any]] = {

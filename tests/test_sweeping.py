@@ -388,7 +388,7 @@ def test_costs_are_shares_of_the_conventional_run_where_a_sweep_has_one(tmp_path
     record = RunDirectory.at(a_sweep(tmp_path)).read_json(SWEEP_PATH)
     baseline = settings_of([trial(500, seed, 0.25, method="conventional") for seed in (0, 1)], ACCURACY)[0]
     _, curves, *_, told = sweep_sections(record | {"baseline": baseline})
-    assert "0.2500 ± 0.0000 over 2 seed(s) for 50.00 passes: the recommended size took 0.20 times" in str(told.lines[1])
+    assert "0.2500 ± 0.0000 over 2 seeds for 50.00 passes: the recommended size took 0.20 times" in str(told.lines[1])
     assert [(row[0], row[-1]) for row in curves.rows] == [("100", "0.20"), ("400", "0.80"), ("conventional", "1.00")]
     RunDirectory.at(record["uri"]).write_json(SWEEP_PATH, record | {"baseline": baseline})
     assert "conventional training" in Path(write_files(record["uri"])).read_text()

@@ -17,7 +17,7 @@ from raysubset.data.row_groups import ImageGroups, TableGroups, TrainingColumns
 from raysubset.data.split import SPLITS, SplitName, carve_splits, origin_of
 from raysubset.data.tables import Tables, split_names
 from raysubset.data.targets import Targets, alike, mask_targets, number_classes
-from raysubset.errors import listed
+from raysubset.errors import counted, listed
 from raysubset.events import Note
 from raysubset.tasks import (
     CrossEntropy,
@@ -172,7 +172,7 @@ def of_texts(
         cutting += split_notes
     if (num := len(windows["train"])) < (needed := len(SPLITS) + 1 - len(windows)):
         raise ValueError(
-            f"the train split has {num} window(s) of {config.window} tokens, too few to hold any out: give "
+            f"the train split has {counted(num, 'window')} of {config.window} tokens, too few to hold any out: give "
             f"--data.window {max(1, config.window * num // needed)} or less, or more text"
         )
     rows, carving = carve_splits(alike(windows), config, at_end=True)

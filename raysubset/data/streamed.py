@@ -14,6 +14,7 @@ from torch import Tensor
 from raysubset.data.examples import Augmented, Examples, OwnAugmentation
 from raysubset.data.row_groups import RowGroups, TableGroups
 from raysubset.data.split import Split
+from raysubset.errors import counted
 from raysubset.events import Note
 from raysubset.tasks import Task
 
@@ -107,8 +108,8 @@ def streaming_notes(train: StreamedSplit, num_held: int) -> list[Note]:
     size = len(train) * train.num_bytes_per_example / 1e6
     text = (
         f"streamed: the {len(train)} training examples ({size:,.0f} MB as tensors) stay in {len(groups.numbers)} row "
-        f"groups of {len(groups.paths)} file(s), which every node must see; held in memory are their {target}s and "
-        f"{num_held / 1e6:,.0f} MB of validation and test examples"
+        f"groups of {counted(len(groups.paths), 'file')}, which every node must see; held in memory are their "
+        f"{target}s and {num_held / 1e6:,.0f} MB of validation and test examples"
     )
     largest, limit = groups.num_bytes_of_largest() / 1e9, LARGE_ROW_GROUP_BYTES / 1e9
     warning = (

@@ -82,14 +82,13 @@ class TrainLookout:
         num_beats, watch = sum(worker.pulse.num_beats for worker in workers), self._watch
         watch.hear(Pulse(num_beats, usual), frozenset(worker.pid for worker in workers))
         stage, nodes = self._piece.stage, ", ".join(sorted({worker.node for worker in workers}))
-        workers_text = f"worker(s) on {nodes}"
         match watch.look():
             case "stalled":
                 limit_text = f"killed in {watch.limit_s:.0f} s unless it makes one (--actors.stall-s)"
-                text = f"{stage}: {workers_text} stand still: {watch.in_words()}; {limit_text}"
+                text = f"{stage} stands still on {nodes}: {watch.in_words()}; {limit_text}"
                 self._tell(Note(text, is_warning=True))
             case "lost":
-                self.stalled = f"{watch.in_words()} on {workers_text}: killed (actors.stall_s)"
+                self.stalled = f"{watch.in_words()} by workers on {nodes}: killed (actors.stall_s)"
                 self._tell(Retry(f"{stage}: {self.stalled}; it starts from its last checkpoint"))
                 kill_processes((worker.node_id, worker.pid) for worker in workers)
                 forget(self.key)

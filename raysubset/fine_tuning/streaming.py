@@ -22,6 +22,7 @@ from raysubset.cluster import OUTSIDE_GROUPS, get_shared, num_slots, object_stor
 from raysubset.config import Config
 from raysubset.costs import count_bytes
 from raysubset.data import FullSet, StreamedExamples, StreamedSplit, cut_ranges, read_here
+from raysubset.errors import counted
 from raysubset.training import Shard
 from raysubset.work import Minimizer
 
@@ -47,8 +48,8 @@ def refuse_without_readers(config: Config, stage: str, *, num_workers: int) -> N
     total = num_slots({"CPU": READER_CPUS}, startable=True) * READER_CPUS
     needed = num_workers * num_cpus + READER_CPUS
     raise ValueError(
-        f"{num_workers} {stage} worker(s) of {num_cpus} CPU, and a task that reads the streamed set for them, need "
-        f"{needed} CPUs; this cluster can have {total}: use fewer workers (--fine-tuning.num-workers, "
+        f"{counted(num_workers, f'{stage} worker')} of {num_cpus} CPU, and a task that reads the streamed set for "
+        f"them, need {needed} CPUs; this cluster can have {total}: use fewer workers (--fine-tuning.num-workers, "
         f"--trunk.num-workers), or on a machine of your own --cluster.num-cpus={needed}, which share its cores"
     )
 

@@ -172,7 +172,8 @@ def _failure(error: Exception, piece: Piece, stalled: str) -> Exception:
         return ValueError(f"{piece.stage}: {one_line(mistakes[0])}")
     text = f"{piece.stage}: {stalled or one_line(causes[0])}"
     if isinstance(error, ray.train.WorkerGroupError):
-        text += f"; {piece.config.actors.max_attempts} attempt(s) in a row left no new checkpoint (actors.max_attempts)"
+        attempts = counted(piece.config.actors.max_attempts, "attempt")
+        text += f"; {attempts} in a row left no new checkpoint (actors.max_attempts)"
     return FineTuningFailed(text)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from raysubset.aggregation import methods_tried
 from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
 from raysubset.data import FullSet
-from raysubset.errors import listed, one_line
+from raysubset.errors import counted, listed, one_line
 from raysubset.events import Note
 from raysubset.models import architecture, generators_restored, has_dropout, needs_default_layout, num_parameters
 from raysubset.tasks import CrossEntropy, SquaredError
@@ -67,14 +67,14 @@ def most_workers(config: Config, full_set: FullSet, model: nn.Module, *, least_s
             if (most_parts := smallest // num_workers // needed) < recipe.accumulation:
                 raise ValueError(
                     f"minimize.accumulation = {recipe.accumulation} would leave parts of one example in batches "
-                    f"of {smallest} by {num_workers} worker(s) of {stage}, where {config.model.name}'s batch "
+                    f"of {smallest} by {counted(num_workers, 'worker')} of {stage}, where {config.model.name}'s batch "
                     f"normalisation needs two: give {max(1, most_parts)} at most, or a larger --minimize.batch-size"
                 )
         if smallest < each:
             raise ValueError(
                 f"{name} cannot be trained on one example alone, as batch normalisation needs two, and "
-                f"{stage} would: it has {num_examples} example(s) in batches of at most {recipe.batch_size}. Give a "
-                "larger --minimize.batch-size or --subsets.size, or a network without batch normalisation"
+                f"{stage} would: it has {counted(num_examples, 'example')} in batches of at most {recipe.batch_size}. "
+                "Give a larger --minimize.batch-size or --subsets.size, or a network without batch normalisation"
             )
         fitting = 1 if is_whole or task.compares_examples else smallest // each
         if num_workers > fitting:

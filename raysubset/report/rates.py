@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from raysubset.errors import counted
 from raysubset.events import Note
 from raysubset.quality import Quality
 from raysubset.report.commands import comparison_beside, margin_in_words
@@ -43,8 +44,8 @@ def rate_sections(
         text = "The loss hardly fell at any rate, so there is no suggestion: check data and model"
         suggestion = Note(text, is_warning=True)
     worth = (
-        f"A rule of thumb (range test, arXiv:1506.01186): {rate_range.steps_a_rate} step(s) at each of {len(rates)} "
-        f"rates, one after the other, on {num_examples:,} examples from the start weights. It used no "
+        f"A rule of thumb (range test, arXiv:1506.01186): {counted(rate_range.steps_a_rate, 'step')} at each of "
+        f"{len(rates)} rates, one after the other, on {num_examples:,} examples from the start weights. It used no "
         "validation data, no schedule and no later epoch, and another seed changes it. It cost "
         f"{passes:.2f} passes over the training set, which no report counts. To choose by validation data"
         f"{margin_in_words(quality)}:"
@@ -70,7 +71,7 @@ def _plot(rate_range: "RateRange", loss: str) -> Plot:
     if not _hardly_fell(rate_range):
         ends = [(rate_range.suggested, end(rate_range.losses)) for end in (min, max)]
         chart.line(ends, GOOD, f"suggested: {rate_range.suggested:g}", dash="2 4")
-    caption = f"Mean loss over {rate_range.steps_a_rate} step(s) at each rate, one rate after another."
+    caption = f"Mean loss over {counted(rate_range.steps_a_rate, 'step')} at each rate, one rate after another."
     return Plot(caption, (chart,))
 
 

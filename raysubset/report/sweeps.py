@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import itemgetter
 
+from raysubset.errors import counted
 from raysubset.quality import quality_of
 from raysubset.report.commands import command
 from raysubset.report.curves import run_stages, training_plot
@@ -105,7 +106,7 @@ def _beside_conventional(record: Record) -> list[str]:
     times = chosen["passes"]["mean"] / whole, chosen["critical_path_passes"]["mean"] / whole
     _, loss = _spread("", "validation_loss", "{:.4f}".format)
     return [
-        f"Conventional training has validation loss {loss(baseline)} over {baseline['num_seeds']} seed(s) for "
+        f"Conventional training has validation loss {loss(baseline)} over {counted(baseline['num_seeds'], 'seed')} for "
         f"{whole:.2f} passes: the recommended size took {times[0]:.2f} times as many, {times[1]:.2f} on the critical "
         "path. At equal cost raysubset compare sets them side by side."
     ]

@@ -19,6 +19,7 @@ from raysubset.cluster import (
     refuse_unplaceable,
     workplace,
 )
+from raysubset.errors import counted
 from raysubset.events import Note, Waiting
 from raysubset.pulse import Watch
 from raysubset.subset_actors.actor import SubsetActor
@@ -100,8 +101,9 @@ def memory_warning(actor_bytes: int, card_bytes: int, *, num_gpus: float, most_a
         f"{num_bytes / 1e9:.2f} GB"
         for num_bytes in (num * (actor_bytes + PROCESS_BYTES), card_bytes, actor_bytes, PROCESS_BYTES)
     )
+    actors = f"{counted(num, 'actor')} of {num_gpus:g} GPU {'need' if num > 1 else 'needs'}"
     return (
-        f"{num} actor(s) of {num_gpus:g} GPU need an estimated {needed} of a card's {there} ({tensors} of examples, "
+        f"{actors} an estimated {needed} of a card's {there} ({tensors} of examples, "
         f"weights and activations each, and {own} of CUDA's own): give a smaller minimize.batch_size, smaller subsets, "
         "or if several share a card a larger actors.num_gpus"
     )

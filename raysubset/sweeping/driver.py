@@ -135,7 +135,7 @@ def sweep(
         sessions.started_up()
         full_set_refs = {learned: put_once(full_set) for learned, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
-        text = f"{at_once} of {len(trials)} trials at once, of at most {slots_each} actor(s) or worker(s) each"
+        text = f"{at_once} of {len(trials)} trials at once, of at most {slots_each} actors or workers each"
         tell(Note(text))
         trunks = _run_trunks(trials, full_sets, full_set_refs, directory, tell)
         tasks = {}

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from raysubset.errors import counted
 from raysubset.pipeline.run_report import Shown
 from raysubset.quality import Quality, quality_of
 
@@ -182,5 +183,6 @@ def _described(setting: Record) -> str:
     total, critical = (f"{setting[name]['mean']:.2f} passes" for name in ("passes", "critical_path_passes"))
     return (
         f"{setting['subset_size']:g} examples (Q = {setting['overdetermination_ratio']:.3g}{others}) with validation "
-        f"loss {loss:.4f}{spread} over {setting['num_seeds']} seed(s), for {total}, {critical} on the critical path"
+        f"loss {loss:.4f}{spread} over {counted(setting['num_seeds'], 'seed')}, for {total}, {critical} on the "
+        "critical path"
     )

@@ -148,7 +148,7 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     made = Config(name="endless", storage_path=str(tmp_path)).with_overrides(overrides | {"actors.max_attempts": 1})
     full_set, events, directory = load_full_set(made.data), list[Event](), RunDirectory(str(tmp_path), "endless")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with pytest.raises(FineTuningFailed, match=r"fine_tuning: no step for \d+ s.* on worker\(s\) on [\d.]+: killed"):
+    with pytest.raises(FineTuningFailed, match=r"fine_tuning: no step for \d+ s.* by workers on [\d.]+: killed"):
         fine_tune(
             Run(made, directory, full_set, put_once(full_set), events.append),
             Piece(made, directory, "fine_tuning", by_train=True, num_workers=2),
