@@ -93,6 +93,15 @@ class TestEntries:
         ]
         assert total_cost(ledger.read()).num_steps == 3
 
+    def test_each_kind_of_node_is_measured_by_an_attempt_of_its_own(self, ledger):
+        for kind in ("FAST", "SLOW"):
+            with ledger.recorded("measuring", 0, device=kind, node="here") as close:
+                close(Cost(num_forward=7))
+        assert [(one.device, one.attempt, one.outcome) for one in ledger.read()] == [
+            ("FAST", 0, "done"),
+            ("SLOW", 1, "done"),
+        ]
+
     def test_a_clock_that_is_set_back_makes_no_duration_negative(self, ledger, monkeypatch):
         with contextlib.suppress(OSError), ledger.recorded("aggregation", 0, device="cpu", node="here"):
             monkeypatch.setattr("raysubset.run_directory.ledger.time.time", lambda: 0.0)

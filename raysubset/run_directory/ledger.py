@@ -122,9 +122,11 @@ class Ledger:
     def begin(self, work: Work) -> None:
         """Write the first entry of an attempt. Mark earlier ones of the same work that were done as lost.
 
-        The process of such a one died before it wrote the record, or a file that the record names was damaged.
+        The process of such a one died before it wrote the record, or a file that the record names was damaged. Only
+        measuring is done several times, once for each kind of node.
         """
-        paths = {replace(work, attempt=attempt).path for attempt in range(work.attempt)}
+        numbers = range(0 if work.stage == "measuring" else work.attempt)
+        paths = {replace(work, attempt=attempt).path for attempt in numbers}
         for entry in self._joined({path: entry for path in paths if (entry := self._read(path))}) if paths else ():
             if entry.path in paths and entry.outcome == "done":
                 self.write(replace(entry, outcome="lost", error="it left no record, or a damaged one"))

@@ -46,7 +46,10 @@ def evaluation_batch(spec: Spec, widest: int = 0) -> int:
 
 
 def batch_of(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
-    """Return evaluation_batch() for a network: two examples pass it first, once in a process, to see its modules."""
+    """Return evaluation_batch() for a network: two examples pass it first, once in a process, to see its modules.
+
+    They are not counted, as trial steps are not.
+    """
     if model not in _widest:
         num, sizes = min(2, len(examples)), [0]
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,11 +129,14 @@ def gram_matrices(
             grams[layer] = grams[layer] + gram if layer in grams else gram
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    batches = _sampled_batches(
+        model, examples, recipe, num_examples, seed
+    )  # which may call the model: before the hooks
     hooks = [layer.register_forward_pre_hook(add) for layer in layers]
     num_used = 0
     try:
         with evaluation_mode(model), torch.no_grad():
-            for inputs, _ in _sampled_batches(model, examples, recipe, num_examples, seed):
+            for inputs, _ in batches:
                 model(inputs)
                 num_used += len(inputs)
     finally:
@@ -148,12 +152,13 @@ def gram_matrices(
 def _sampled_batches(
     model: nn.Module, examples: Examples, recipe: MinimizeConfig, num_examples: int | None, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets of a sample of the examples, in the order of the examples."""
+    """Return batches of inputs and targets of a sample of the examples, in the order of the examples."""
     num = len(examples) if num_examples is None else min(num_examples, len(examples))
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     size = batch_of(model, examples, recipe)
-    for indices in order[:num].sort().values.to(examples.device).split(size):
-        yield examples.batch(indices, channels_last=recipe.channels_last, dtype=next(model.parameters()).dtype)
+    parts = order[:num].sort().values.to(examples.device).split(size)
+    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": next(model.parameters()).dtype}
+    return (examples.batch(indices, **layout) for indices in parts)
 
 
 def _terms_per_call(num_terms: int, num_parameters: int) -> int:
