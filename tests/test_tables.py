@@ -271,7 +271,7 @@ def test_text_that_is_none_is_refused_in_a_line(tmp_path: Path):
 
 def test_a_text_of_too_few_windows_is_refused_with_how_long_they_may_be(tmp_path: Path):
     (tmp_path / "a.txt").write_text("a" * 200)
-    with pytest.raises(ValueError, match=r"has 1 window\(s\) of 128 tokens, .*: give --data.window 42 or less"):
+    with pytest.raises(ValueError, match=r"has 1 window of 128 tokens, .*: give --data.window 42 or less"):
         load_full_set(of(tmp_path / "a.txt"))
     full_set = load_full_set(of(tmp_path / "a.txt", window=42))
     assert (len(full_set.train), len(full_set.validation), len(full_set.test)) == (2, 1, 1)

@@ -96,7 +96,7 @@ def test_workers_that_leave_no_cpu_for_reading_are_refused_with_the_way_out() ->
     assert most_workers(1) == 3  # of the session's four CPUs
     assert most_workers(2) == 1
     refuse_without_readers(config, "fine_tuning", num_workers=3)
-    with pytest.raises(ValueError, match=r"4 fine_tuning worker\(s\) of 1 CPU.*need 5 CPUs.*can have 4.*num-workers"):
+    with pytest.raises(ValueError, match=r"4 fine_tuning workers of 1 CPU.*need 5 CPUs.*can have 4.*num-workers"):
         refuse_without_readers(config, "fine_tuning", num_workers=4)
 
 
