@@ -18,6 +18,7 @@ from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import NextToken, Regression, TableInputs
 from raysubset.trained_model import ModelRecord, leave_samples, load_model, save_model
+from raysubset.trained_model import model as model_module
 from raysubset.trained_model.exporting import export_model, predict_files
 from raysubset.training import predict
 
@@ -235,7 +236,7 @@ def test_the_likeliest_token_is_that_of_the_networks_outputs(tokens, tmp_path):
     assert load_model(str(tmp_path / "run")).generate("abc abd ", 1, temperature=0) == expected
 
 
-def test_samples_go_on_from_half_a_window(tokens, tmp_path):
+def test_samples_go_on_from_half_a_window_and_those_of_large_networks_are_short(tokens, tmp_path, monkeypatch):
     network = saved(tokens, tmp_path / "run", "lstm", width=8, depth=1)
     directory = RunDirectory.at(str(tmp_path / "run"))
     record = ModelRecord(ModelConfig(name="lstm", width=8, depth=1), tokens.task)
@@ -243,6 +244,10 @@ def test_samples_go_on_from_half_a_window(tokens, tmp_path):
     samples = directory.read_json(path)
     assert [len(sample["prompt"]) for sample in samples] == [5] * len(samples)
     assert all(len(sample["text"]) == 200 for sample in samples)
+    num_weights = sum(tensor.numel() for tensor in network.state_dict().values())
+    monkeypatch.setattr(model_module, "_MOST_MULTIPLIED", 7 * num_weights * tokens.task.window * 3)
+    leave_samples(directory, network.state_dict(), record, tokens.test.take())
+    assert all(len(sample["text"]) == 7 for sample in directory.read_json(path))
 
 
 def test_a_task_of_ones_own_is_called_only_where_it_is_trusted(tmp_path, monkeypatch):

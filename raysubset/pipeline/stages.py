@@ -330,6 +330,7 @@ class _Stages:
                 text = "load_model() will need model=… again, and predict and export cannot use this run"
             self._tell(Note(f"{text}: its network's graph could not be kept ({flaw})"))
         if isinstance(full_set.task, NextToken):
+            self._tell(Waiting("the model continues some texts, for the report"))
             files |= leave_samples(self._directory, weights, record, full_set.test.take())
         return files
 

@@ -31,6 +31,7 @@ from raysubset.training import Weights
 from raysubset.user_code.given import is_given
 
 _NUM_SAMPLES, _NUM_SAMPLED_TOKENS = 3, 200  # of the texts that a report shows
+_MOST_MULTIPLIED = 2**40  # weights times tokens that pass, for all of them: half a minute of a CPU core
 GRAPH_PATH, CONSTANTS_PATH = "model.graph.json", "model.constants.safetensors"  # of a user's own network
 
 
@@ -226,7 +227,7 @@ def save_model(
 def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord, rows: Rows) -> dict[str, Seal]:
     """Write how a next-token model continues the first half of some windows, as a list of {"prompt", "text"}.
 
-    The rows are those of the test split.
+    The rows are those of the test split. Large networks continue them by fewer tokens. No ledger counts this.
     """
     network, task = new_model(record.model, record), record.task
     assert isinstance(task, NextToken)
@@ -234,7 +235,10 @@ def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord
     model = TrainedModel(network, record).eval()
     halves = [tokens[: task.window // 2 + 1].numpy() for tokens in rows["tokens"][:_NUM_SAMPLES]]
     prompts = [task.vocabulary.decode(tokens) for tokens in halves]
-    samples = [{"prompt": prompt, "text": model.generate(prompt, _NUM_SAMPLED_TOKENS)} for prompt in prompts]
+    num_weights = sum(tensor.numel() for tensor in weights.values())
+    most = _MOST_MULTIPLIED // (num_weights * task.window * _NUM_SAMPLES)
+    num_tokens = max(1, min(_NUM_SAMPLED_TOKENS, most))
+    samples = [{"prompt": prompt, "text": model.generate(prompt, num_tokens)} for prompt in prompts]
     return {SAMPLES_PATH: directory.write_json(SAMPLES_PATH, samples)}
 
 
