@@ -24,8 +24,8 @@ from raysubset.cluster import (
 from raysubset.config import Config
 from raysubset.costs import bytes_in_words
 from raysubset.data import FullSet, load_full_set
-from raysubset.errors import one_line
-from raysubset.events import Event, Step, per_second
+from raysubset.errors import one_line, per_second
+from raysubset.events import Event, Step
 from raysubset.fine_tuning.streaming import refuse_without_readers
 from raysubset.models import architecture
 from raysubset.pipeline.decisions import most_tuners, refuse_what_has_no_place

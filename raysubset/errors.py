@@ -60,6 +60,11 @@ def counted(number: float, noun: str) -> str:
     return f"{shown} {noun}{'' if number == 1 else 's'}"
 
 
+def per_second(num: float) -> str:
+    """Return '12,345', or '0.023' of a large network's examples in a second."""
+    return f"{num:,.0f}" if num >= 10 else f"{num:.2g}"
+
+
 def with_article(value: object) -> str:
     """Return the name of the value's type with its article: 'an int', 'a dict'."""
     name = type(value).__name__

@@ -22,11 +22,6 @@ class Event:
 OnEvent = Callable[[Event], None]
 
 
-def per_second(num: float) -> str:
-    """Return '12,345', or '0.023' of a large network's examples in a second."""
-    return f"{num:,.0f}" if num >= 10 else f"{num:.2g}"
-
-
 class Note(Event):
     """A decision made for the user, or a warning; reports hold the notes of the plan."""
 

@@ -3,7 +3,7 @@
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -312,3 +312,17 @@ def test_where_outputs_are_too_many_an_even_sample_is_kept_of_one_pass_over_all(
     torch.testing.assert_close(kept, predict(model, sample, recipe))
     assert metrics.sums == whole.sums
     assert metrics.loss == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_what_compares_examples_has_the_same_batches_whatever_lies_between_modules():
+    data, sizes = image_examples(torch.zeros(11, 1, 1, 1, dtype=torch.uint8), torch.arange(11) % 3), list[int]()
+
+    class Compares(type(data.task)):  # type: ignore[misc]
+        compares_examples = True
+
+    task = Compares(**{field.name: getattr(data.task, field.name) for field in fields(data.task)})
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3))
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    evaluation._widest[model] = 2**23
+    evaluate(model, replace(data, task=task), MinimizeConfig())
+    assert sizes == [11]

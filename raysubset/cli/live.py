@@ -22,6 +22,7 @@ from rich.text import Text
 from raysubset import events
 from raysubset.cli.course import Course
 from raysubset.cli.screen import console_of, visible
+from raysubset.errors import per_second
 
 _STALE_S = 10.0  # an actor without events for so long is hidden
 _PACK_S = 0.1  # the pieces of a pack begin within this time
@@ -150,7 +151,7 @@ class PlainLines:
             at_work = f"{len(rows)} at work" + (f", mean loss {fmean(losses):.4f}" if losses else "")
             if num_measured := sum(row.measured is not None for row in rows):
                 at_work += f", {num_measured} of them measured"
-            at_work += f", {events.per_second(sum(row.examples_per_s for row in rows))} examples/s"
+            at_work += f", {per_second(sum(row.examples_per_s for row in rows))} examples/s"
         self._line("; ".join(part for part in (_how_far(self._course), text, at_work) if part))
 
     def _line(self, event: events.Event | str, more: str = "") -> None:
@@ -303,4 +304,4 @@ def _cells(event: events.Start | events.Progress) -> tuple[str, ...]:
     numbers = (f"{event.epoch:.1f} / {event.num_epochs:g}", "" if loss is None else f"{loss:.4f}")
     if event.measured is not None:
         numbers = ("measured", "{:,} of {:,}".format(*event.measured))
-    return name, *numbers, events.per_second(event.examples_per_s), attempt.ip
+    return name, *numbers, per_second(event.examples_per_s), attempt.ip

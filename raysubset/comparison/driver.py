@@ -11,7 +11,7 @@ from raysubset.comparison.gathering import gather
 from raysubset.comparison.records import ComparisonReport, Record
 from raysubset.comparison.running import Comparison
 from raysubset.comparison.tuning import LEARNING_RATES, MOST_BEYOND
-from raysubset.config import Config, Learned, check_number, listed
+from raysubset.config import Config, Learned, check_number, list_of
 from raysubset.data import FullSet
 from raysubset.events import OnEvent, Waiting
 from raysubset.objects_in_hand import accepts_objects
@@ -82,9 +82,9 @@ def compare(
     command = Command("comparison", config, on_event, fresh=fresh, accept_changed_code=accept_changed_code)
     directory, tell = command.directory, command.tell
     seeds = command.chosen_seeds(seeds, least=0)
-    arms, budgets = listed("--arms", arms, str), listed("--budgets", budgets, float)
-    learning_rates = listed("--learning-rates", learning_rates, float)
-    batch_sizes = listed("--batch-sizes", batch_sizes, int)
+    arms, budgets = list_of("--arms", arms, str), list_of("--budgets", budgets, float)
+    learning_rates = list_of("--learning-rates", learning_rates, float)
+    batch_sizes = list_of("--batch-sizes", batch_sizes, int)
     own_rates = [factor * config.minimize.peak_learning_rate() for factor in LEARNING_RATES]
     usable = (rate for rate in own_rates if takes(parse_arm("B"), config, Settings(rate, config.minimize.batch_size)))
     rates = sorted(set(learning_rates or usable))

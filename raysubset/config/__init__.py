@@ -48,7 +48,7 @@ from raysubset.config.trees import (
     field_type,
     flatten,
     from_tree,
-    listed,
+    list_of,
     nearest,
     parse_value,
     shapes_result,

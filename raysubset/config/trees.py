@@ -96,7 +96,7 @@ def check_number(name: str, value: float, range: str) -> None:
     raise ValueError(f"{name} = {value} must be {words}")
 
 
-def listed(name: str, values: Any, kind: type[T]) -> list[T]:
+def list_of(name: str, values: Any, kind: type[T]) -> list[T]:
     """Return an argument's values, those of numpy as Python's own. A single one, a text above all, is a list of one.
 
     Raises:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from raysubset.cluster import connected, reached
-from raysubset.config import Config, Learned, check_number, listed
+from raysubset.config import Config, Learned, check_number, list_of
 from raysubset.data import FullSet, load_full_set
 from raysubset.errors import first_line
 from raysubset.events import Event, Note, OnEvent, Stage
@@ -148,7 +148,7 @@ class Command:
         Raises:
             ValueError: if the number is below `least` or above 1000, or a seed is no whole number.
         """
-        values = listed("--seeds", seeds, int)
+        values = list_of("--seeds", seeds, int)
         if isinstance(seeds, Iterable):
             return list(dict.fromkeys(values))
         (num,) = values

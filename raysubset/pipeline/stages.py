@@ -261,8 +261,8 @@ class _Stages:
         refuse_changed_files(full_set)
         self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after its loss
         self._run.ledger.compact()  # the sums below read all of it
-        self._tell(stage_event("test", f"{len(full_set.test)} examples, which no choice has used"))
         files = self._leave_model(weights)
+        self._tell(stage_event("test", f"{len(full_set.test)} examples, which no choice has used"))
         test, test_files = self._test(end.leg.output, weights)  # last: only the report keeps what it read
         return {
             "name": config.run_name(),

@@ -9,8 +9,8 @@ from typing import Any
 
 from raysubset.config import Config, MinimizeConfig, TrainingStage, flatten
 from raysubset.costs import bytes_in_words
-from raysubset.errors import listed
-from raysubset.events import Note, per_second
+from raysubset.errors import listed, per_second
+from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
 from raysubset.report.beside import Beside, held_against
 from raysubset.report.commands import command

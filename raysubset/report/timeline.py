@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
-from raysubset.events import per_second
+from raysubset.errors import per_second
 from raysubset.report.drawing import BAD, COLOURS, GREY, Chart, Plot
 from raysubset.report.figures import Record
 from raysubset.report.parts import Section, table

@@ -48,8 +48,11 @@ def evaluation_batch(spec: Spec, widest: int = 0) -> int:
 def batch_of(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int:
     """Return evaluation_batch() for a network: two examples pass it first, once in a process, to see its modules.
 
-    They are not counted, as trial steps are not.
+    They are not counted, as trial steps are not. Tasks that compare examples go by the spec alone: what they measure
+    depends on the batches, which members, ensembles and aggregates have alike.
     """
+    if examples.task.compares_examples:
+        return evaluation_batch(examples.task.spec())
     if model not in _widest:
         num, sizes = min(2, len(examples)), [0]
 

@@ -129,9 +129,7 @@ def gram_matrices(
             grams[layer] = grams[layer] + gram if layer in grams else gram
 
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    batches = _sampled_batches(
-        model, examples, recipe, num_examples, seed
-    )  # which may call the model: before the hooks
+    batches = _sampled_batches(model, examples, recipe, num_examples, seed)  # may call the model: no hooks yet
     hooks = [layer.register_forward_pre_hook(add) for layer in layers]
     num_used = 0
     try:

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from raysubset import events
+from raysubset.errors import per_second
 from raysubset.training import Cost, Progress
 
 
@@ -39,7 +40,7 @@ class Report:
         loss, running_loss = (number if math.isfinite(number) else None for number in (self.loss, self.running_loss))
         who = attempt.label if worker is None else f"{attempt.label}, worker {worker}"
         loss_text = "" if running_loss is None else f", loss {running_loss:.4f}"
-        speed = events.per_second(self.examples_per_s)
+        speed = per_second(self.examples_per_s)
         text = f"{who}: epoch {self.epoch:.1f} of {self.num_epochs:g}{loss_text}, {speed} examples/s"
         if measured:
             text = f"{who} is measured; {measured[0]} of {measured[1]} examples"
