@@ -244,13 +244,8 @@ class Minimizer:
     ) -> None:
         """Close a ledger entry. The bytes that a pack moved for all count with the first entry that is closed."""
         ended_at = work.started_at + time.perf_counter() - self._started  # a clock that is set changes no duration
-        result: dict[str, Any] = {
-            "outcome": outcome,
-            "error": error,
-            "cost": cost,
-            "num_lone_forward": num_lone_forward,
-        }
-        self._write(replace(work, ended_at=ended_at, **result), taken_bytes())
+        end: dict[str, Any] = {"outcome": outcome, "ended_at": ended_at, "error": error, "cost": cost}
+        self._write(replace(work, num_lone_forward=num_lone_forward, **end), taken_bytes())
         self._closed.append(work)
 
     def _write(self, work: Work, num_bytes: int = 0) -> None:
