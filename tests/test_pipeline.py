@@ -1,6 +1,7 @@
 """What run() reads back, and what it will make again, of a run that is finished."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ from raysubset.config import Config, ModelConfig
 from raysubset.models import build_model
 from raysubset.pipeline import run
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, REPORT_PATH, RESULT_PATH, RunDirectory
+from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.tasks import Spec
 from raysubset.trained_model import save_model
 from raysubset.work.identity import identify
@@ -61,6 +63,18 @@ def test_the_result_is_told_where_no_page_can_be_written(finished: RunDirectory,
     told = capsys.readouterr().out
     assert told.startswith(f"No page, as it cannot be written: [Errno 20] Not a directory: '{finished.uri}/report")
     assert "Test accuracy 90.00%" in told
+
+
+def test_a_ledger_that_a_driver_died_tidying_is_tidied_by_the_next_command(finished: RunDirectory):
+    ledger, begun = Ledger(finished), Work("trunk", 0, None, 0, "here", "cpu", started_at=1.0, outcome="done")
+    works = [begun, replace(begun, stage="test", started_at=2.0)]
+    ledger.write(works[0])
+    ledger.compact()
+    for entry in works:  # the first is in both places
+        ledger.write(entry)
+    run(config(finished))
+    assert finished.list("ledger") == []
+    assert ledger.read() == works
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, cut, flip])

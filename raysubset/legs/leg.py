@@ -211,8 +211,8 @@ class Leg:
         return self.directory.read_json_or_none(TEST_PATH)
 
     def works(self) -> list[Work]:
-        """Return its ledger entries, one for each attempt."""
-        return Ledger(self.directory).read()
+        """Return its ledger entries, one for each attempt, once nothing runs: open ones are closed as lost."""
+        return Ledger(self.directory).close_lost()
 
     @property
     def inputs(self) -> "tuple[Leg, ...]":

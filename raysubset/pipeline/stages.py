@@ -9,6 +9,7 @@ report.test.accuracy, report.passes, report.critical_path_passes
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -106,6 +107,8 @@ def run(
     if command.has_report(REPORT_PATH) and (record := directory.read_record(REPORT_PATH, whole=True)) is not None:
         command.tell_finished([config], full_sets)
         track_finished(config, directory, tell)
+        with suppress(OSError):  # nothing is missing if the storage is read-only
+            Ledger(directory).compact()  # unless its driver died in that
         return RunReport.from_dict(record | {"uri": directory.uri})  # it may have been moved
     # mistakes in the data are reported before Ray starts
     tell(Waiting(f"reading {uris.shown(config.data.name)}"))
@@ -185,7 +188,7 @@ class _Stages:
         directory = self._directory
         if directory.exists(minimum_path("trunk")):
             return
-        for work in Ledger(source).read():
+        for work in Ledger(source).close_lost():
             if work.stage == "trunk":
                 self._run.ledger.write(work)
         record, path = source.read_json(minimum_path("trunk")), weights_path("trunk")
@@ -259,7 +262,7 @@ class _Stages:
         assert end.leg is not None
         weights = end.leg.output.weights()
         refuse_changed_files(full_set)
-        self._run.ledger.close_lost()  # an actor that outlived its raylet may have written after its loss
+        self._run.ledger.close_lost()
         self._run.ledger.compact()  # the sums below read all of it
         files = self._leave_model(weights)
         self._tell(stage_event("test", f"{len(full_set.test)} examples, which no choice has used"))

@@ -196,11 +196,17 @@ class Ledger:
         return sorted(unread | {f"{_prefix(*key)}-…" for key in done if key not in named})
 
     def close_lost(self) -> list[Work]:
-        """Mark entries that still say "running" as lost, and return them. Only for a driver that resumes alone."""
-        lost = [replace(work, outcome="lost") for work in self.read() if work.outcome == "running"]
-        for work in lost:
-            self.write(work)
-        return lost
+        """Mark entries that still say "running" as lost. Return all entries. Only for a driver that is alone here.
+
+        Call it when nothing runs: before work is resumed, and before costs are summed. An actor that was given up may
+        have written a heartbeat after its entry was closed as lost, if it outlived its node's raylet.
+        """
+        works = self.read()
+        for number, work in enumerate(works):
+            if work.outcome == "running":
+                works[number] = replace(work, outcome="lost")
+                self.write(works[number])
+        return works
 
     def compact(self) -> None:
         """Gather all entries in ledger.parquet, then delete their files.
