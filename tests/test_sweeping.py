@@ -12,9 +12,11 @@ from typing import Any, cast
 import pytest
 
 from raysubset.cli import call
+from raysubset.cluster import Process
 from raysubset.config import Config
 from raysubset.events import Event
 from raysubset.pipeline import session
+from raysubset.pulse import Pulse
 from raysubset.quality import ACCURACY
 from raysubset.report import read_report, sweep_sections, write_files
 from raysubset.report.sweeps import sweep_command
@@ -22,6 +24,7 @@ from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDir
 from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.sweeping import driver, sweep
 from raysubset.sweeping.driver import _TrialEvents
+from raysubset.sweeping.lookout import TrialsLookout
 from raysubset.sweeping.plan import (
     Trial,
     divide,
@@ -430,8 +433,31 @@ def test_a_listener_with_locks_as_a_terminals_does_not_stop_tune_from_pickling_i
         with lock:
             pass
 
-    events = _TrialEvents(tell, TrialsStanding(ACCURACY, {}, {}))
+    events = _TrialEvents(tell, TrialsStanding(ACCURACY, {}, {}), TrialsLookout(tell, stall_s=1.0))
     pickle.loads(cloudpickle.dumps(events))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def test_of_running_trials_one_without_a_sign_of_life_is_told_of_then_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, beats, events, killed = [0.0], {"alive": 0, "stopped": 0, "ended": 0}, list[Event](), list[Any]()
+
+    def processes_at(prefix: str) -> dict[str, Process]:
+        places = {"node": "10.0.0.7", "node_id": "n", "group": ""}
+        pids = {"alive": 1, "stopped": 2, "ended": 3}
+        return {name: Process(Pulse(num, 1.0), {}, pid=pids[name], **places) for name, num in beats.items()}
+
+    monkeypatch.setattr("raysubset.sweeping.lookout.processes_at", processes_at)
+    monkeypatch.setattr("raysubset.sweeping.lookout.kill_processes", killed.extend)
+    lookout = TrialsLookout(events.append, stall_s=30.0, clock=lambda: now[0])
+    for second in range(1, 68):
+        now[0], beats["alive"] = float(second), second
+        beats["stopped"] += second <= 4
+        lookout.look({"alive", "stopped"})
+    who = "of its process 2 on 10.0.0.7"
+    assert [event.text for event in events] == [
+        f"stopped: no sign of life for 30 s {who}; it is killed in 30 s unless it shows one (--actors.stall-s)",
+        f"stopped: no sign of life for 60 s {who}: it is killed (actors.stall_s)",
+    ]
+    assert killed == [("n", 2)]
 
 
 def test_an_unfinished_sweep_says_how_far_it_is_and_no_run_takes_its_directory(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from raysubset.planning import Plan, make_plan
 from raysubset.quality import Quality
 from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory
 from raysubset.run_directory.ledger import Work, total_cost
+from raysubset.sweeping.lookout import TrialsLookout
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
 from raysubset.sweeping.records import (
     Record,
@@ -152,7 +153,8 @@ def sweep(
         quality = full_sets[trials[0].config.learned].quality
         found = {trial.name: passes(trial, total_cost(trial.works())) for trial in trials}
         standing = TrialsStanding(quality, {name: plan.passes for name, plan in plans.items()}, found)
-        callback = _TrialEvents(tell, standing)
+        lookout = TrialsLookout(tell, stall_s=config.actors.stall_s)
+        callback = _TrialEvents(tell, standing, lookout)
         errors = _tune(trials, tasks, directory, scheduler=scheduler, most_at_once=at_once, callback=callback)
         record = {
             "task": task_record(full_sets[trials[0].config.learned]),
@@ -255,7 +257,10 @@ def _tune(
     with TemporaryDirectory(prefix="tune-") as temporary, _quiet_tune():
         folder = directory.local_path / "tune" if directory.local_path else temporary
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(at(workplace(), run_trial), tasks=dict(tasks)), PLACE_OF_TRIAL),
+            tune.with_resources(
+                tune.with_parameters(at(workplace(), run_trial), tasks=dict(tasks), pulses=callback.pulses),
+                PLACE_OF_TRIAL,
+            ),
             param_space={"trial": tune.grid_search(points)},
             tune_config=tune.TuneConfig(
                 metric="validation_loss",
@@ -293,14 +298,17 @@ def _trial_name(trial: Any) -> str:
 
 
 class _TrialEvents(tune.Callback):
-    """Passes what Tune reports of its trials on to the sweep's listener."""
+    """Passes what Tune reports of its trials on to the sweep's listener, and has their processes watched."""
 
-    def __init__(self, tell: OnEvent, standing: TrialsStanding) -> None:
-        self._tell, self._standing = tell, standing
+    def __init__(self, tell: OnEvent, standing: TrialsStanding, lookout: TrialsLookout) -> None:
+        self._tell, self._standing, self._lookout, self.pulses = tell, standing, lookout, lookout.key
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the listener, as a terminal's holds locks. Tune pickles callbacks, but nobody reads them."""
-        return _TrialEvents, (lambda event: None, self._standing)
+        """Pickle nothing, as a terminal's listener holds locks. Tune pickles callbacks, but nobody reads them."""
+        return tune.Callback, ()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self._lookout.look({_trial_name(trial) for trial in trials if trial.status == "RUNNING"})
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(Stage(f"{_trial_name(trial)} starts"))

@@ -16,6 +16,7 @@ from raysubset.pipeline import run
 from raysubset.quality import Quality
 from raysubset.run_directory import RunDirectory
 from raysubset.run_directory.ledger import Ledger, total_cost
+from raysubset.sweeping.lookout import trial_seen
 from raysubset.training import Cost
 
 
@@ -30,9 +31,17 @@ class Task:
     accept_changed_code: bool
 
 
-def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task]) -> None:
-    """Run one trial. Tune calls this. If its process dies, the trial has failed; sweeping again resumes its run."""
-    task = tasks[parameters["trial"]["name"]]
+def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task], pulses: str) -> None:
+    """Run one trial. Tune calls this. If its process dies, the trial has failed; sweeping again resumes its run.
+
+    A process that stands still is killed by a TrialsLookout, whose key is `pulses`.
+    """
+    name = parameters["trial"]["name"]
+    with trial_seen(pulses, name):
+        _run(tasks[name])
+
+
+def _run(task: Task) -> None:
     full_set, config = get_shared(task.full_set_ref), task.config
     directory = RunDirectory(config.storage_path, config.run_name())
     reports = Reports(directory, full_set.quality, num_train=len(full_set.train), forward_share=task.forward_share)
