@@ -583,13 +583,13 @@ REFUSED = [
     ),
     ({"minimize.extrapolation.accelerated": True, "minimize.momentum": 0.0}, "set minimize.momentum above 0"),
     ({"minimize.averaging.kind": "ema", "minimize.averaging.feedback": "restart"}, "never restarts it"),
-    ({"minimize.averaging.kind": "pswa", "minimize.averaging.period": 0.6}, "at least 2 sample.s.* at most 0.5"),
-    ({"minimize.averaging.kind": "pswm", "minimize.averaging.period": 1.5}, "at least 1 sample.s.* give at most 1"),
+    ({"minimize.averaging.kind": "pswa", "minimize.averaging.period": 0.6}, "at least 2 samples an epoch.* at most 0.5"),
+    ({"minimize.averaging.kind": "pswm", "minimize.averaging.period": 1.5}, "at least 1 sample an epoch.* give at most 1"),
     (
         {"minimize.averaging.kind": "pswa", "minimize.epoch_fraction": 0.1},
         r"period = 0.1 epochs: pswa .* at most 0.05",
     ),
-    ({"minimize.averaging.kind": "swa"}, "swa would average 1 epoch.s. in the stage trunk, of 1 epochs"),
+    ({"minimize.averaging.kind": "swa"}, "swa would average 1 epoch in the stage trunk, of 1 epoch"),
     (
         {"minimize.averaging.kind": "ema", "fine_tuning.keep": "best"},
         "keep=best chooses among epochs, but ema averages",

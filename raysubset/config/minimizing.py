@@ -7,6 +7,7 @@ from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from raysubset.config.trees import Part
+from raysubset.errors import counted
 
 TrainingStage = Literal["trunk", "subsets", "fine_tuning", "conventional"]
 
@@ -214,7 +215,7 @@ class MinimizeConfig(Part, prefix="minimize."):
             least = 2 if averaging.kind == "pswa" else 1
             if averaging.period > (most := self.epoch_fraction / least):
                 text = f"minimize.averaging.period = {averaging.period:g} epochs: {averaging.kind} takes at least"
-                yield f"{text} {least} sample(s) an epoch: give at most {most:g}"
+                yield f"{text} {counted(least, 'sample')} an epoch: give at most {most:g}"
 
     def peak_learning_rate(self) -> float:
         """Return the learning rate, or the optimizer's default.

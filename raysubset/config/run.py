@@ -14,6 +14,7 @@ from raysubset.config.places import ActorsConfig, ClusterConfig, TrackingConfig
 from raysubset.config.stages import AggregationConfig, ConventionalConfig, FineTuningConfig, RoundsConfig, TrunkConfig
 from raysubset.config.task import TaskConfig
 from raysubset.config.trees import Part, flatten, from_tree, nearest, shaping
+from raysubset.errors import counted
 
 UNKNOWN_FIELD = "; see raysubset run --help"
 _NAME_BYTES = 255  # most bytes of a file name, on all usual file systems
@@ -117,7 +118,7 @@ class Config(Part):
                 continue
             averaging = self.stage(stage, epochs=epochs).averaging  # stage() refuses what does not fit its rate
             if averaging.kind == "swa" and (num := averaging.num_epochs_averaged(epochs)) <= 1:
-                text = f"swa would average {num} epoch(s) in the stage {stage}, of {epochs:g} epochs"
+                text = f"swa would average {counted(num, 'epoch')} in the stage {stage}, of {counted(epochs, 'epoch')}"
                 yield f"{text}: name others in minimize.averaging.stages, or lower minimize.averaging.swa_start"
         averaging, tuning = self.minimize.for_stage("fine_tuning").averaging, self.fine_tuning
         if tuning.keep == "best" and tuning.epochs and averaging.kind != "none" and not averaging.restarts():
