@@ -39,6 +39,7 @@ Result:     On a quiet machine, n = 1. A set of weights is 4.11 MB; MB are of an
 import argparse
 import bisect
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -146,8 +147,8 @@ def small_mnist() -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def config_of(cell: str, storage_path: str, address: str) -> Config:
-    where = {"name": cell, "storage_path": storage_path, "cluster.address": address}
+def config_of(cell: str, storage_path: str, address: str, seed: int = 0) -> Config:
+    where = {"name": cell, "storage_path": storage_path, "cluster.address": address, "seed": seed}
     return Config().with_overrides(BASE | CELLS[cell] | where)
 
 
@@ -161,9 +162,9 @@ def num_exchanges(config: Config) -> int:
 # The driver, in the first node's namespace
 
 
-def drive(cell: str, storage_path: str, address: str, mbit: float) -> None:
+def drive(cell: str, storage_path: str, address: str, mbit: float, seed: int) -> None:
     """Run a cell, and print what happens as JSON, a line each."""
-    config, asked = config_of(cell, storage_path, address), None
+    config, asked = config_of(cell, storage_path, address, seed), None
 
     def say(**record: Any) -> None:
         print(json.dumps(record | {"at": time.time()}), flush=True)
@@ -341,15 +342,15 @@ def storage() -> Iterator[str]:
 
 
 def measure(
-    cell: str, mbit: float, *, address: str, query: str, limit_s: float, environment: dict[str, str]
+    cell: str, mbit: float, seed: int, *, address: str, query: str, limit_s: float, environment: dict[str, str]
 ) -> dict[str, Any]:
     """Run a cell by a driver on the first node, ended limit_s after the first of its workers began; what came of it."""
     limit_links(mbit)
     storage_path = f"s3://cells/{mbit:g}-{time.time():.0f}?{query}"
-    command = [sys.executable, "-m", "jobs.slow_links", "--drive", cell, storage_path, address, f"{mbit:g}"]
+    command = [sys.executable, "-m", "jobs.slow_links", "--drive", cell, storage_path, address, f"{mbit:g}", f"{seed}"]
     load, samples = os.getloadavg()[0], Samples()
     said: list[dict[str, Any]] = []
-    config, ledger = config_of(cell, storage_path, address), Ledger(RunDirectory(storage_path, cell))
+    config, ledger = config_of(cell, storage_path, address, seed), Ledger(RunDirectory(storage_path, cell))
     driver = subprocess.Popen(
         ["ip", "netns", "exec", NODE.format(0), *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -383,6 +384,7 @@ def measure(
     return {
         "cell": cell,
         "mbit": mbit,
+        "seed": seed,
         "load": [load, os.getloadavg()[0]],
         "is_whole": is_whole,
         "seconds": seconds,
@@ -417,21 +419,34 @@ def _training(works: Sequence[Work], config: Config) -> tuple[float, float, int,
 
 # The table
 
-COLUMNS = ("Mbit/s", "cell", "exchanges", "s/exchange", "s(all)", "s(97%)", "val%", "out/in-MB/exchange", "ledger")
+COLUMNS = (
+    "Mbit/s",
+    "cell",
+    "seed",
+    "exchanges",
+    "s/exchange",
+    "s(all)",
+    "s(97%)",
+    "val%",
+    "out/in-MB/exchange",
+    "ledger",
+)
 COLUMNS += ("advise", "advise/measured", "load")
 
 
 def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A line a cell, the newest of each."""
-    newest = {(one["mbit"], one["cell"]): one for one in records}
+    newest = {(one["mbit"], one["cell"], one["seed"]): one for one in records}
     rows = [list[str](COLUMNS)]
-    for (mbit, cell), one in sorted(newest.items(), key=lambda item: (-item[0][0], list(CELLS).index(item[0][1]))):
+    names = list(CELLS)
+    for (mbit, cell, seed), one in sorted(newest.items(), key=lambda item: (-item[0][0], names.index(item[0][1]))):
         made, most = one["exchanges"], one["all_exchanges"]
         if not made:
-            rows.append([f"{mbit:g}", cell, f"0/{most}", f"> {one['seconds']:.0f}", *["–"] * 8])
+            rows.append([f"{mbit:g}", cell, f"{seed}", f"0/{most}", f"> {one['seconds']:.0f}", *["–"] * 8])
             continue
         each, mark = one["seconds"] / made, "" if one["is_whole"] else "~"
-        curve = next((other["curve"] for other in records if other["cell"] == cell and other["is_whole"]), one["curve"])
+        whole = (other for other in records if other["is_whole"] and (other["cell"], other["seed"]) == (cell, seed))
+        curve = next(whole, one)["curve"]
         reached = next((number for number, accuracy in curve if accuracy >= TARGET), None)
         whole_s, advised = each * most, one["advice"]["wall_s"]
         of_nodes = [sum(one[way]) / NUM_NODES / made / 1e6 for way in ("sent_bytes", "received_bytes")]
@@ -439,6 +454,7 @@ def table(records: Sequence[dict[str, Any]]) -> Iterator[str]:
             [
                 f"{mbit:g}",
                 cell,
+                f"{seed}",
                 f"{made}/{most}",
                 f"{each:.3f}",
                 f"{mark}{whole_s:.0f}",
@@ -474,15 +490,16 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--mbit", nargs="+", type=float, default=[1000.0, 100.0, 10.0], help="of each node's link")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--limit-s", type=float, default=240.0, help="of training, after which a cell is stopped")
     parser.add_argument("--out", type=Path, default=Path("slow_links.jsonl"), help="a record a cell is added here")
     parser.add_argument("--table", action="store_true", help="only show what --out holds")
     parser.add_argument("--clean", action="store_true", help="only remove what a killed job left")
-    parser.add_argument("--drive", nargs=4, metavar=("CELL", "STORAGE", "ADDRESS", "MBIT"), help=argparse.SUPPRESS)
+    parser.add_argument("--drive", nargs=5, help=argparse.SUPPRESS)  # what drive() takes
     options = parser.parse_args(arguments)
     if options.drive:
-        cell, storage_path, address, mbit = options.drive
-        drive(cell, storage_path, address, float(mbit))
+        cell, storage_path, address, mbit, seed = options.drive
+        drive(cell, storage_path, address, float(mbit), int(seed))
         return 0
     try:
         if not options.table:
@@ -521,11 +538,10 @@ def _measure_all(options: argparse.Namespace) -> None:
         stack.enter_context(links())
         place: dict[str, Any] = {"query": stack.enter_context(storage()), "environment": environment}
         place["address"] = stack.enter_context(ray_nodes(Path(folder), environment))
-        for mbit in options.mbit:
-            for cell in options.cells:
-                record = measure(cell, mbit, limit_s=options.limit_s, **place)
-                with options.out.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+        for seed, mbit, cell in itertools.product(options.seeds, options.mbit, options.cells):
+            record = measure(cell, mbit, seed, limit_s=options.limit_s, **place)
+            with options.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

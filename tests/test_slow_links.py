@@ -15,6 +15,7 @@ def record(cell: str, mbit: float, **changes: Any) -> dict[str, Any]:
     return {
         "cell": cell,
         "mbit": mbit,
+        "seed": 0,
         "load": [0.1, 2.0],
         "is_whole": True,
         "seconds": 64.0,
@@ -57,6 +58,7 @@ def test_a_cell_that_was_stopped_is_scaled_and_takes_its_quality_from_the_same_c
     assert dict(zip(head, whole, strict=True)) == {
         "Mbit/s": "1000",
         "cell": "I",
+        "seed": "0",
         "exchanges": "256/256",
         "s/exchange": "0.250",
         "s(all)": "64",
@@ -70,6 +72,13 @@ def test_a_cell_that_was_stopped_is_scaled_and_takes_its_quality_from_the_same_c
     }
     told = dict(zip(head, scaled, strict=True))
     assert (told["s/exchange"], told["s(all)"], told["s(97%)"], told["val%"]) == ("3.125", "~800", "~600", "98.0")
+
+
+def test_the_quality_of_a_stopped_cell_is_that_of_its_own_seed():
+    stopped = record("I", 10.0, is_whole=False, seconds=100.0, exchanges=32, curve=[], seed=1)
+    head, *rows = (line.split() for line in table([record("I", 1000.0), stopped]))
+    assert [row[head.index("seed")] for row in rows] == ["0", "1"]
+    assert [row[head.index("val%")] for row in rows] == ["98.0", "–"]
 
 
 def test_seconds_and_bytes_of_training_are_the_ledgers():
