@@ -583,8 +583,14 @@ REFUSED = [
     ),
     ({"minimize.extrapolation.accelerated": True, "minimize.momentum": 0.0}, "set minimize.momentum above 0"),
     ({"minimize.averaging.kind": "ema", "minimize.averaging.feedback": "restart"}, "never restarts it"),
-    ({"minimize.averaging.kind": "pswa", "minimize.averaging.period": 0.6}, "at least 2 samples an epoch.* at most 0.5"),
-    ({"minimize.averaging.kind": "pswm", "minimize.averaging.period": 1.5}, "at least 1 sample an epoch.* give at most 1"),
+    (
+        {"minimize.averaging.kind": "pswa", "minimize.averaging.period": 0.6},
+        "at least 2 samples an epoch.* at most 0.5",
+    ),
+    (
+        {"minimize.averaging.kind": "pswm", "minimize.averaging.period": 1.5},
+        "at least 1 sample an epoch.* give at most 1",
+    ),
     (
         {"minimize.averaging.kind": "pswa", "minimize.epoch_fraction": 0.1},
         r"period = 0.1 epochs: pswa .* at most 0.05",
