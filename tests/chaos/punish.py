@@ -389,7 +389,17 @@ def _last_line(folder: Path) -> str:
 
 def check(reference: Path, punished: Path, outcome: Outcome) -> None:
     """Add what does not hold to the outcome's problems."""
-    a, b, name = reference / "run", punished / "run", REPORTS[FLAGS["verb"]]
+    check_directory(reference / "run", punished / "run", outcome)
+    if not (page := punished / "run" / "report" / "report.html").exists() or "</html>" not in page.read_text():
+        outcome.problems.append("no page")
+    shown = subprocess.run([*RAYSUBSET, "report", str(punished / "run")], capture_output=True, text=True, check=False)
+    if shown.returncode:
+        outcome.problems.append(f"`raysubset report` says {shown.stderr.strip()[-200:]}")
+
+
+def check_directory(a: Path, b: Path, outcome: Outcome) -> None:
+    """Add to the outcome's problems what does not hold of a disturbed run's directory b beside the undisturbed a."""
+    name = REPORTS[FLAGS["verb"]]
     for path in sorted(a.rglob("*.safetensors")) + sorted(a.rglob("subsets.parquet")):
         other = b / path.relative_to(a)
         if not other.exists():
@@ -409,11 +419,6 @@ def check(reference: Path, punished: Path, outcome: Outcome) -> None:
         outcome.problems += [
             f"{name} differs in {path}" for path in _different(_without_costs(old), _without_costs(new))
         ]
-    if not (page := b / "report" / "report.html").exists() or "</html>" not in page.read_text():
-        outcome.problems.append("no page")
-    shown = subprocess.run([*RAYSUBSET, "report", str(b)], capture_output=True, text=True, check=False)
-    if shown.returncode:
-        outcome.problems.append(f"`raysubset report` says {shown.stderr.strip()[-200:]}")
     _check_ledgers(a, b, outcome)
     _check_passes(b, new, outcome)
 
