@@ -153,6 +153,11 @@ def _attempt(folder: Path, verb: str, overrides: dict[str, Any], last: int | Non
     os._exit(0)
 
 
+def flags_of(verb: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The work's flags as tests.chaos.punish has them."""
+    return {key.replace("_", "-"): value for key, value in (SHORT | overrides).items()} | {"verb": verb}
+
+
 def problems(reference: Path, folder: Path) -> list[str]:
     """What does not hold of work that was ended and completed."""
     outcome = punish.Outcome("writes")
@@ -172,8 +177,7 @@ def main() -> int:
     options = parser.parse_args()
     overrides = {field: json.loads(value) for field, _, value in (text.partition("=") for text in options.set)}
     draws = random.Random(options.seed)
-    flags = {key.replace("_", "-"): value for key, value in (SHORT | overrides).items()}
-    punish.FLAGS.update(flags, verb=options.verb)
+    punish.FLAGS.update(flags_of(options.verb, overrides))
     shutil.rmtree(options.out, ignore_errors=True)
     code, names = attempt(reference := options.out / "reference", options.verb, overrides, None)
     if code:
