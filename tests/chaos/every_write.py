@@ -9,6 +9,8 @@ same again and must end where the undisturbed one did, by tests.chaos.punish's r
 one that has imported all; no Ray is started.
 """
 
+# pyright: reportPrivateImportUsage=false
+
 import argparse
 import json
 import multiprocessing
