@@ -243,6 +243,21 @@ def silent() -> str:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
+def test_what_ray_tells_all_drivers_is_a_line_in_the_log_and_nothing_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "Raylet is terminated. It may be (1) SIGKILL. Last 20 lines of the Raylet logs:\n  [state-dump] 0\n"
+
+    def init(**options: Any) -> None:
+        worker = sys.modules["ray._private.worker"]
+        worker.print_to_stdstream({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+
+    monkeypatch.setattr(ray, "init", init)
+    connection._init("10.0.0.1:6379")
+    assert caplog.messages == ["Ray: Raylet is terminated. It may be (1) SIGKILL."]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_head_or_a_raylet_that_is_lost_is_a_line_and_exit_code_1(
     lost: Callable[[str, str, float], str], silent: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,10 @@ RELIED_ON: dict[str, Callable[[Any], bool]] = {
     "utils": lambda module: (
         "utils.get_dashboard_dependency_error()" in inspect.getsource(services.start_raylet) and module is ray_utils
     ),
+    "worker": lambda module: (
+        "print_to_stdstream(" in inspect.getsource(module.listen_error_messages)
+        and takes(module.print_to_stdstream, "data", "ignore_prefix")
+    ),
     "ResourceAndLabelSpec": lambda spec: (
         spec(num_cpus=3, num_gpus=0).resolve(is_head=True, node_ip_address="127.0.0.1").to_resource_dict()["CPU"] == 3
     ),
@@ -54,7 +58,7 @@ RELIED_ON: dict[str, Callable[[Any], bool]] = {
         "placement_group_creation_timestamp_ms",
     ),
     "global_worker": lambda worker: (
-        ".gcs_client = " in inspect.getsource(inspect.getmodule(type(worker)))  # set when it is connected
+        ".gcs_client = " in inspect.getsource(private_ray.worker)  # set when it is connected
     ),
     "GetClusterStatusReply": lambda message: has(
         message().autoscaling_state,

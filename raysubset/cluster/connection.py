@@ -7,7 +7,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import ray
 
@@ -135,6 +136,9 @@ def _init(address: str) -> None:
     Raises:
         KeyboardInterrupt: if Ray's handler got the signal.
     """
+    from raysubset.cluster.private_ray import worker
+
+    worker.print_to_stdstream = log_in_a_line
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning")  # pyright: ignore[reportArgumentType]
@@ -143,6 +147,17 @@ def _init(address: str) -> None:
     finally:
         if callable(handler) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+def log_in_a_line(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Log what Ray tells all drivers, such as that a node died; Ray prints it to stdout, with part of a raylet's log.
+
+    Args:
+        data: its messages are "lines".
+        ignore_prefix: passed by Ray, and not needed.
+    """
+    for message in data["lines"]:
+        log.warning("Ray: %s", message.strip().partition("\n")[0].partition(" Last 20 lines")[0])
 
 
 def watch_head(address: str, raylet_address: str, limit_s: float, stop: threading.Event) -> None:

@@ -20,6 +20,7 @@ _PLACES = {
     "Node": "ray._private.node",  # the processes of a node: ray.init() leaves none of them out
     "RayParams": "ray._private.parameter",
     "utils": "ray._private",  # tells a node that the dashboard cannot be there
+    "worker": "ray._private",  # prints messages to drivers on stdout, where results belong
     # resources
     "ResourceAndLabelSpec": "ray._private.resource_and_label_spec",  # counts what ray.init() would on this machine
     "state": "ray._private.state",  # startable node groups, nodes that will go, the creators of placement groups
