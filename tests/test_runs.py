@@ -90,7 +90,7 @@ def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path, unbroken: RunRepor
 
     def kill_once(event: Event) -> None:
         if isinstance(event, Progress) and not killed and event.epoch >= 2:
-            killed.append(event.attempt.subset)
+            killed.append(event.attempt.subset or 0)
             os.kill(event.attempt.pid, signal.SIGKILL)
             speed_up(tmp_path, "subsets")
         if isinstance(event, Retry):  # an actor that outlives its node's raylet may still write a heartbeat
@@ -110,6 +110,29 @@ def test_a_killed_actor_costs_time_and_no_bit(tmp_path: Path, unbroken: RunRepor
 
 
 @pytest.mark.usefixtures("slow_from_epoch_2")
+def test_what_an_actor_leaves_after_it_was_given_up_is_not_done_again(tmp_path: Path, unbroken: RunReport) -> None:
+    killed: list[int] = []
+    late = RunDirectory(str(tmp_path), "late")
+
+    def outlive(event: Event) -> None:
+        if isinstance(event, Progress) and not killed and event.epoch >= 2:
+            killed.append(event.attempt.subset or 0)
+            os.kill(event.attempt.pid, signal.SIGKILL)
+            speed_up(tmp_path, "subsets")
+        if isinstance(event, Retry):  # as an actor does that outlives its node's raylet: it closes its entry …
+            (lost,) = (work for work in Ledger(late).read() if work.outcome == "lost")
+            Ledger(late).write(replace(lost, outcome="done", error=None))
+            folder = minimum_folder(0, killed[0])
+            shutil.rmtree(tmp_path / "late" / folder)  # … and leaves a minimum and no checkpoints
+            shutil.copytree(Path(unbroken.uri) / folder, tmp_path / "late" / folder)
+
+    report = run(config(tmp_path, "late", **LONG, **SLOWLY), on_event=outlive)
+    works = [work for work in Ledger(late).read() if work.subset == killed[0]]
+    assert [(work.attempt, work.outcome) for work in works] == [(0, "done")]
+    assert same_bits(aggregate(unbroken), aggregate(report))
+
+
+@pytest.mark.usefixtures("slow_from_epoch_2")
 def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(
     tmp_path: Path, unbroken: RunReport
 ) -> None:
@@ -118,7 +141,7 @@ def test_a_spot_notice_moves_a_subset_with_a_checkpoint_and_costs_no_attempt(
 
     def terminate_once(event: Event) -> None:
         if isinstance(event, Progress) and not warned and event.epoch >= 2:
-            warned.append(event.attempt.subset)
+            warned.append(event.attempt.subset or 0)
             os.kill(event.attempt.pid, signal.SIGTERM)
             speed_up(tmp_path, "subsets")
 
@@ -378,7 +401,7 @@ class Raising(torch.nn.Sequential):
     def __init__(self, num_classes: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if images.mean() > 0.5:
             self.fail()
         return super().forward(images)

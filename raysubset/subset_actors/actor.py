@@ -90,11 +90,17 @@ class SubsetActor:
     ) -> tuple[list[dict[str, Any] | DivergedError | None], list[str]]:
         """Do Minimizer.minimize() with the start weights in the object store, or do pieces of another kind.
 
+        Nothing is done again that is there: an actor that was given up may have outlived its node's raylet and finished
+        later, with its checkpoints deleted.
+
         Returns:
             The results, and the files that were found damaged.
         """
         self._damages.texts = []
         try:
+            records: list[Any] = [piece.record() for piece in pieces] if any(attempts) else [None]
+            if all(records):
+                return records, self._damages.texts
             return self._do(pieces, self._start(start_ref), attempts, waited_s), self._damages.texts
         except Exception as error:
             note_place(error)
