@@ -12,7 +12,7 @@ import pytest
 
 from raysubset.config import from_tree
 from raysubset.data.targets import number_classes
-from raysubset.tasks.columns import TableInputs, fit_columns, refuse_constant, target_numbers
+from raysubset.tasks.columns import TableInputs, fit_columns, scales_of_targets, target_numbers
 
 
 def test_numbers_are_standardised_as_scikit_learn_does():
@@ -238,8 +238,18 @@ def test_a_target_that_is_no_number_is_refused(column: Any, message: str):
 
 
 def test_a_constant_target_is_refused():
-    refuse_constant(np.array([[1.0, 2.0], [1.5, 3.0]]), ["a", "b"])
+    means, deviations = scales_of_targets(np.array([[1.0, 2.0], [1.5, 4.0]]), ["a", "b"])
+    assert (means.tolist(), deviations.tolist()) == ([1.25, 3.0], [0.25, 1.0])
     with pytest.raises(ValueError, match="the target b is 2 in all 2 training examples: there is nothing to learn"):
-        refuse_constant(np.array([[1.0, 2.0], [3.0, 2.0]]), ["a", "b"])
+        scales_of_targets(np.array([[1.0, 2.0], [3.0, 2.0]]), ["a", "b"])
+    with pytest.raises(ValueError, match=r"the target a is 0\.3 in all 2 training examples"):
+        scales_of_targets(np.array([[0.1 + 0.2], [0.3]]), ["a"])  # unequal by rounding
     with pytest.raises(ValueError, match="should have a column pric, and has price; did you mean price"):
         target_numbers(pa.table({"price": [1]}), ["pric"])
+
+
+@pytest.mark.parametrize("large", [np.finfo(np.float64).max, 1e200])
+def test_a_target_that_no_float_can_standardise_is_refused(large: float):
+    """Its deviation would be infinite, and all standardised targets 0."""
+    with pytest.raises(ValueError, match=r"the target b runs from 1 to .*, which 64-bit floats cannot standardise"):
+        scales_of_targets(np.array([[1.0, 1.0], [2.0, large], [3.0, 2.0]]), ["a", "b"])

@@ -283,3 +283,13 @@ def test_what_cannot_be_learned_from_is_refused_in_a_line(returned: Callable[...
     with pytest.raises(ValueError, match=message) as caught:
         returned(body)
     assert "\n" not in str(caught.value)
+
+
+def test_integers_beyond_64_bits_with_a_sign_are_refused(returned: Callable[..., Any]):
+    """They would become negative ones."""
+    body = "return dict(inputs=features, target=np.arange(6, dtype=np.uint64) + np.uint64(2**63 - {}))"
+    for task in ("regression", "own_rows:Task"):
+        with pytest.raises(ValueError, match="target of own_rows:load has 9223372036854775809, beyond 64-bit integers"):
+            returned(body.format(4), lambda config, task=task: load_full_set(config, TaskConfig(name=task)))
+    body = "return dict(inputs=features, label=np.arange(6, dtype=np.uint64) % 2 + np.uint64(2**63 - 2))"
+    assert returned(body, load_full_set).task.class_names == ("9223372036854775806", "9223372036854775807")

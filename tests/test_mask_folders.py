@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import FullSet, load_full_set
@@ -85,6 +85,15 @@ def test_black_and_white_masks_are_of_two_classes(tmp_path: Path):
     arrays = found.train.arrays()
     np.testing.assert_array_equal(arrays["mask"], MASKS[found.train.table.column("row").to_numpy()] == 3)
     assert found.task.class_names == ("0", "1")
+
+
+def test_a_mask_of_four_bits_is_refused_as_its_1_would_be_class_17(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path, pairs("images/*.png", "masks/*.png"))
+    monkeypatch.setitem(PngImagePlugin._OUTMODES, "L", PngImagePlugin._OUTMODES["L;4"])
+    write(tmp_path, {"masks/05.png": np.minimum(MASKS[5], 1) * 17})
+    assert set(np.unique(np.asarray(Image.open(tmp_path / "masks/05.png")))) == {0, 17}  # 0 and 1 in the file
+    with pytest.raises(ValueError, match=r"masks/05.png cannot be decoded: PNG of 2 or 4 bits a pixel, .*: save it wi"):
+        read(tmp_path)
 
 
 def test_masks_without_an_image_are_left_out(tmp_path: Path):

@@ -137,7 +137,7 @@ def test_targets_name_arrays():
     assert isinstance(found.task, Regression)
     assert found.task.target_names == ("age", "height")
     rows = found.train.table.column("row").to_numpy()
-    expected = found.task.standardised(np.stack([NUMBERS, OTHERS], axis=1)[rows])
+    expected = found.task.standardised(np.stack([NUMBERS, OTHERS], axis=1)[rows], where="", rows=rows)
     np.testing.assert_array_equal(found.train.arrays()["target"], expected)
     assert "arrays that are not used: target (age, height are learned from image)" in found.notes
 

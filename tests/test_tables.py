@@ -225,6 +225,13 @@ def test_class_names_of_hugging_faces_metadata_are_kept(tmp_path: Path):
     pq.write_table(table, tmp_path / "a.parquet")
     labels, names = classes_of(read_tables(of(tmp_path / "a.parquet")))
     assert (labels["train"].tolist(), names) == ([1, 0, 1], ("no", "yes"))
+    bytes_alone = table.set_column(1, "target", pa.array([1, 0, 1], pa.uint8()))
+    (tmp_path / "split").mkdir()
+    pq.write_table(bytes_alone, tmp_path / "split" / "train.parquet")
+    absent = bytes_alone.set_column(1, "target", pa.array([None] * 3, pa.uint8()))
+    pq.write_table(absent, tmp_path / "split" / "test.parquet")  # as a contest's
+    labels, names = classes_of(read_tables(of(tmp_path / "split")))
+    assert (labels["train"].tolist(), [*labels], names) == ([1, 0, 1], ["train"], ("no", "yes"))
 
 
 def test_rows_to_predict_are_read_as_in_training(tmp_path: Path):

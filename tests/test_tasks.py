@@ -417,6 +417,19 @@ def test_tensors_are_standardised_by_training_rows_each_feature_or_as_a_whole_an
     )
 
 
+def test_numbers_that_floats_cannot_hold_are_refused_where_they_would_turn_all_inputs_into_zeros_or_be_infinite():
+    rows, everywhere = normal(50, 2).double().numpy(), np.arange(50)
+    rows[45, 1] = 1e300  # held out
+    with pytest.raises(ValueError, match="inputs in row 45 of the test split lie too far from the training rows' mean"):
+        fit_tensors(rows, everywhere[:40]).standardised(rows, where="the test split", rows=everywhere)
+    with pytest.raises(ValueError, match=r"inputs run from .* to 1e\+300, which 64-bit floats cannot standardise"):
+        fit_tensors(rows, everywhere)
+    task = Regression(TensorInputs((2,)), ("y",), (0.0,), (1.0,))
+    assert task.standardised(rows[:45, :1], where="it", rows=everywhere).dtype == np.float32
+    with pytest.raises(ValueError, match="targets in row 45 of it lie too far"):
+        task.standardised(rows[:, 1:], where="it", rows=everywhere)
+
+
 # Records
 
 

@@ -17,7 +17,7 @@ from raysubset.models import architecture, new_model
 from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import NextToken, Regression, TableInputs
-from raysubset.trained_model import ModelRecord, leave_samples, load_model, save_model
+from raysubset.trained_model import ModelRecord, TrainedModel, leave_samples, load_model, save_model
 from raysubset.trained_model import model as model_module
 from raysubset.trained_model.exporting import export_model, predict_files
 from raysubset.training import predict
@@ -224,6 +224,18 @@ def test_a_text_is_gone_on_with_by_the_same_draws(tokens, tmp_path, name):
         model.generate("")
     with pytest.raises(ValueError, match="integers from 0, less than 7"):
         model(torch.zeros(1, 8))
+
+
+def test_a_text_file_is_gone_on_with_as_training_would_read_it(tokens, tmp_path, monkeypatch):
+    """With its line ends, and without its byte order mark."""
+    saved(tokens, tmp_path / "run", "lstm", width=8, depth=1)
+    monkeypatch.setattr(TrainedModel, "generate", lambda _, text: f"from {text}")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_bytes(b"\xef\xbb\xbfabe\r\n")
+    assert [each.text for each in predict_files(str(tmp_path / "run"), [str(prompt)])] == ["from abe\r\n"]
+    prompt.write_bytes(b"\xff")
+    (found,) = predict_files(str(tmp_path / "run"), [str(prompt)])
+    assert (found.error or "").startswith(f"byte 0 of {prompt}, in line 1, is not UTF-8")
 
 
 def test_the_likeliest_token_is_that_of_the_networks_outputs(tokens, tmp_path):

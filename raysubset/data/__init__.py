@@ -9,6 +9,7 @@ inputs, targets = examples.batch(indices, draws=draws)
 from raysubset.data.columns import read_image_rows, read_rows
 from raysubset.data.contents import file_fingerprint, refuse_changed_files
 from raysubset.data.examples import Examples, even_sizes, joined
+from raysubset.data.files import text_of
 from raysubset.data.full_set import FullSet
 from raysubset.data.images import EncodedImages, decode
 from raysubset.data.loading import load_full_set

@@ -213,13 +213,18 @@ def read_texts(files: DataFiles, config: DataConfig) -> tuple[dict[SplitName, li
         for member in members:
             path = files.full_path(member)
             with opened(files.system, path) as file:
-                texts[split].append(_decoded(file.read(), path))
+                texts[split].append(text_of(file.read(), path))
         num = sum(map(len, texts[split]))
         notes.append(Note(f"{split} split: {num} characters of {describe_files(files, members)}"))
     return texts, (*notes, *files.notes)
 
 
-def _decoded(data: bytes, path: str) -> str:
+def text_of(data: bytes, path: str) -> str:
+    """Return the text in a file's bytes, without a byte order mark, its line ends as they are.
+
+    Raises:
+        ValueError: if it is not UTF-8, with the place.
+    """
     data = data.removeprefix(_BOM)
     try:
         return data.decode()

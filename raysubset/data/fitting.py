@@ -294,6 +294,8 @@ def _storable(values: np.ndarray, name: str, texts: Sequence[str], config: DataC
     if values.dtype.kind == "U" and name not in texts:
         remedy = "" if ":" in config.name else ", and the names of the others to --data.columns"
         raise ValueError(f"{name} of {config.name} are texts: give numbers, of which tensors are made{remedy}")
+    if values.dtype == np.uint64 and values.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} of {config.name} has {values.max()}, beyond 64-bit integers with a sign: give floats")
     wider = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
     return values.astype(wider.get(values.dtype.name, values.dtype), copy=False)
 

@@ -2,7 +2,7 @@
 
 import io
 import struct
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ _WIDEST = (-(2**15), 2**16 - 1)  # the range of 16 bits, signed or unsigned
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _GREY = ("1", "L", "LA", "La")
 _MASK_MODES = ("1", "L", "P", *_DEEP_GREY)  # a palette's colours do not matter, its numbers are the classes
+_FEW_GREYS = ("L;2", "L;4")  # the beginnings of raw modes: Pillow reads a mask's 1 as 85, or as 17
 _LOSSY = ("JPEG", "MPO")
 _WITH_FRAMES = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # not MPO, whose further pictures are previews of the photo
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
@@ -240,6 +241,8 @@ def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | No
     mask = Image.open(io.BytesIO(data))
     if mask.format in _LOSSY or mask.mode not in _MASK_MODES:
         raise ValueError(f"{mask.format} of mode {mask.mode}: save the number of each pixel's class in a grey PNG")
+    if any(raw_mode.startswith(_FEW_GREYS) for raw_mode in _raw_modes(mask)):
+        raise ValueError(f"{mask.format} of 2 or 4 bits a pixel, which are read as greys of 8: save it with 8 bits")
     if size is not None and mask.size != size:
         raise ValueError(f"it is {mask.size[1]}x{mask.size[0]}, its image {size[1]}x{size[0]}: give both one size")
     numbers = np.asarray(mask)
@@ -253,11 +256,15 @@ def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | No
 
 def _has_deep_channels(image: Image.Image) -> bool:
     """Return True if Pillow reads only the upper byte of 16 bits a channel."""
+    return any(";16" in raw_mode for raw_mode in _raw_modes(image))
+
+
+def _raw_modes(image: Image.Image) -> Iterator[str]:
+    """Yield how the pixels lie in the file, such as "L;4" for greys of 4 bits."""
     for tile in getattr(image, "tile", ()):
         raw_mode = tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3]
-        if isinstance(raw_mode, str) and ";16" in raw_mode:
-            return True
-    return False
+        if isinstance(raw_mode, str):
+            yield raw_mode
 
 
 def _has_further_frames(image: Image.Image) -> bool:

@@ -228,7 +228,7 @@ def join_tables(
         table = plain(table, config, path)
         labels = table.column(target)
         if names and pa.types.is_integer(labels.type):
-            numbers = labels.fill_null(UNLABELLED).cast(pa.int64()).to_numpy()
+            numbers = labels.cast(pa.int64()).fill_null(UNLABELLED).to_numpy()
             place = table.column_names.index(target)
             table = table.set_column(place, target, named_labels(numbers, names, path))
             orders.add(names)

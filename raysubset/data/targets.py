@@ -31,7 +31,7 @@ from raysubset.tasks import (
     Task,
     TensorInputs,
     balanced_weights,
-    refuse_constant,
+    scales_of_targets,
     strata_of_numbers,
 )
 from raysubset.tasks.columns import alike_but_for_case, is_string, places, such_as
@@ -65,8 +65,7 @@ class Targets:
     def task(self, inputs: ImageInputs | TableInputs | TensorInputs, train: np.ndarray, config: TaskConfig) -> Task:
         """Build the task that learns these targets from the inputs, given the training rows' values."""
         if self.kind == "numbers":
-            refuse_constant(train, self.names)
-            mean, std = (tuple(values.tolist()) for values in (train.mean(axis=0), train.std(axis=0)))
+            mean, std = (tuple(values.tolist()) for values in scales_of_targets(train, self.names))
             return Regression(inputs, self.names, mean, std, _LOSSES.get(config.loss, SquaredError()))
         if self.kind == "classes" and config.loss == "squared_error":
             return Classification(inputs, self.names, SquaredError(is_one_hot=True))
@@ -85,7 +84,7 @@ class Targets:
         """Return the column of targets that a split stores for some rows, by its name."""
         values = self.values[split][rows]
         if isinstance(task, Regression):
-            return {"target": task.standardised(values)}
+            return {"target": task.standardised(values, where=f"the {split} split", rows=rows)}
         return {"mask" if self.kind == "masks" else "label": np.ascontiguousarray(values)}
 
 

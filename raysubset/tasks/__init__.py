@@ -8,7 +8,7 @@ Everything that differs between kinds of learning is in this room.
 """
 
 from raysubset.tasks.classification import Classification, balanced_weights
-from raysubset.tasks.columns import TableInputs, fit_columns, refuse_constant, target_numbers
+from raysubset.tasks.columns import TableInputs, fit_columns, scales_of_targets, target_numbers
 from raysubset.tasks.inputs import (
     FULL_RANGE,
     Augmentation,

@@ -207,19 +207,28 @@ def target_numbers(table: pa.Table, names: Sequence[str], *, where: str = "the t
     return targets
 
 
-def refuse_constant(targets: np.ndarray, names: Sequence[str]) -> None:
-    """Refuse training targets, [N, K], if one of them is the same in all rows.
+def scales_of_targets(targets: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means and standard deviations of training targets [N, K], float64 [K] each.
 
     Raises:
-        ValueError: with the target's name and value.
+        ValueError: with the target's name and values, if it is the same in all rows but for rounding, or floats of 64
+            bits cannot hold its deviation.
     """
+    with np.errstate(over="ignore", invalid="ignore"):
+        means, deviations = targets.mean(axis=0), targets.std(axis=0)
     for number, name in enumerate(names):
-        values = targets[:, number]
-        if len(values) and values.min() == values.max():
+        lowest, highest, deviation = targets[:, number].min(), targets[:, number].max(), deviations[number]
+        if lowest == highest or 0 < deviation <= LEAST_DEVIATION * abs(means[number]):
             raise ValueError(
-                f"the target {name} is {values[0]:g} in all {len(values)} training examples: there is nothing to "
+                f"the target {name} is {lowest:g} in all {len(targets)} training examples: there is nothing to "
                 "learn; set --data.target to another column"
             )
+        if not 0 < deviation < math.inf:
+            raise ValueError(
+                f"the target {name} runs from {lowest:g} to {highest:g}, which 64-bit floats cannot standardise: give "
+                "it in another unit, or leave rows out whose value stands for a missing one"
+            )
+    return means, deviations
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ class TensorInputs:
             rows: int64 [N], the row numbers that messages show.
 
         Raises:
-            ValueError: for tokens that training rows do not have.
+            ValueError: for tokens that training rows do not have, and as as_float32() does.
         """
         if self.num_values is not None:
             if len(wrong := np.argwhere((values < 0) | (values >= self.num_values))):
@@ -164,7 +164,29 @@ class TensorInputs:
                 )
             return np.ascontiguousarray(values, dtype=np.int64 if self.num_values > 2**31 else np.int32)
         scaled = (values.astype(np.float64) - np.array(self.mean)) / np.array(self.std)
-        return np.ascontiguousarray(scaled, dtype=np.float32)
+        return as_float32(scaled, "inputs", where=where, rows=rows)
+
+
+def as_float32(standardised: np.ndarray, name: str, *, where: str, rows: np.ndarray) -> np.ndarray:
+    """Round standardised numbers, [N, …], to the float32 to store.
+
+    Args:
+        name: what the numbers are in messages.
+        where: the name of the data in messages.
+        rows: int64 [N], the row numbers that messages show.
+
+    Raises:
+        ValueError: with the row of a number that is too large for float32.
+    """
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(standardised, dtype=np.float32)
+    if not np.isfinite(stored).all():
+        far = int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(axis=1))[0])
+        raise ValueError(
+            f"{name} in row {rows[far]} of {where} lie too far from the training rows' mean, in standard deviations, "
+            "for 32-bit floats: leave the row out"
+        )
+    return stored
 
 
 def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
@@ -173,7 +195,7 @@ def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
     Integers [N, T] are tokens. Their largest is taken over all rows, since held-out rows may have it alone.
 
     Raises:
-        ValueError: for negative integers [N, T].
+        ValueError: for negative integers [N, T], and for numbers whose deviation 64-bit floats cannot hold.
     """
     if values.dtype.kind in "iu" and values.ndim == 2:
         if values.min() < 0:
@@ -183,6 +205,13 @@ def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
         return TensorInputs(values.shape[1:], num_values=int(values.max()) + 1)
     wide = values[rows].astype(np.float64)
     axis = 0 if values.ndim == 2 else None
-    mean, std = np.atleast_1d(wide.mean(axis=axis)), np.atleast_1d(wide.std(axis=axis))
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = np.atleast_1d(wide.mean(axis=axis)), np.atleast_1d(wide.std(axis=axis))
+    if not np.isfinite(std).all():
+        lowest, highest = wide.min(), wide.max()
+        raise ValueError(
+            f"inputs run from {lowest:g} to {highest:g}, which 64-bit floats cannot standardise: give them in another "
+            "unit, or leave rows out whose values stand for missing ones"
+        )
     std = np.where(std > LEAST_DEVIATION * np.abs(mean), std, 1.0)
     return TensorInputs(values.shape[1:], tuple(mean.tolist()), tuple(std.tolist()))

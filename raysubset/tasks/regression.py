@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raysubset.config.trees import need
 from raysubset.tasks.columns import TableInputs
-from raysubset.tasks.inputs import ImageInputs, TensorInputs
+from raysubset.tasks.inputs import ImageInputs, TensorInputs, as_float32
 from raysubset.tasks.losses import AbsoluteError, Huber, SquaredError
 from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import InputsTask, Rows
@@ -82,9 +82,10 @@ class Regression(InputsTask[SquaredError | AbsoluteError | Huber]):
     def strata(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
         return strata_of_numbers(rows["target"])
 
-    def standardised(self, values: np.ndarray) -> np.ndarray:
-        """Standardise raw targets, [N, K], into the float32 targets to store."""
-        return np.ascontiguousarray((values - np.array(self.mean)) / np.array(self.std), dtype=np.float32)
+    def standardised(self, values: np.ndarray, *, where: str, rows: np.ndarray) -> np.ndarray:
+        """Standardise raw targets, [N, K], into the float32 targets to store. Arguments and errors: as_float32()."""
+        scaled = (values - np.array(self.mean)) / np.array(self.std)
+        return as_float32(scaled, "targets", where=where, rows=rows)
 
     @property
     def loss_name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from raysubset.config import TABLE_SUFFIXES, DataConfig
-from raysubset.data import EncodedImages, decode, read_image_rows, read_rows
-from raysubset.errors import first_line, listed
+from raysubset.data import EncodedImages, decode, read_image_rows, read_rows, text_of
+from raysubset.errors import listed
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Classification, ImageInputs, NextToken, Regression, Segmentation, TableInputs, TensorInputs
 from raysubset.trained_model import TrainedModel, load_model
@@ -209,11 +209,11 @@ def predict_files(directory: str, paths: Sequence[str], *, trust_code: bool = Fa
 
 def _continue_text(model: TrainedModel, path: str) -> Prediction:
     try:
-        return Prediction(path, text=model.generate(Path(path).expanduser().read_text(encoding="utf-8")))
+        return Prediction(path, text=model.generate(text_of(Path(path).expanduser().read_bytes(), path)))
     except OSError as error:
         return Prediction(path, error=f"{path}: {error.strerror}; give text files")
-    except ValueError as error:  # UnicodeDecodeError too
-        return Prediction(path, error=f"{path}: {first_line(error)}")
+    except ValueError as error:
+        return _unreadable(path, error)
 
 
 def _predict_table(model: TrainedModel, inputs: TableInputs, path: str) -> Iterator[Prediction]:
