@@ -246,7 +246,7 @@ def silent() -> str:
 def test_what_ray_tells_all_drivers_is_a_line_in_the_log_and_nothing_on_stdout(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = "Raylet is terminated. It may be (1) SIGKILL. Last 20 lines of the Raylet logs:\n  [state-dump] 0\n"
+    message = "The node at 10.0.0.7 is dead. It may be (1) SIGKILL. Last 20 lines of the Raylet logs:\n  [state] 0.\n"
 
     def init(**options: Any) -> None:
         worker = sys.modules["ray._private.worker"]
@@ -254,7 +254,7 @@ def test_what_ray_tells_all_drivers_is_a_line_in_the_log_and_nothing_on_stdout(
 
     monkeypatch.setattr(ray, "init", init)
     connection._init("10.0.0.1:6379")
-    assert caplog.messages == ["Ray: Raylet is terminated. It may be (1) SIGKILL."]
+    assert caplog.messages == ["Ray: The node at 10.0.0.7 is dead"]
     assert capsys.readouterr().out == ""
 
 

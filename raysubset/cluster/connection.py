@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -150,14 +151,16 @@ def _init(address: str) -> None:
 
 
 def log_in_a_line(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-    """Log what Ray tells all drivers, such as that a node died; Ray prints it to stdout, with part of a raylet's log.
+    """Log the first sentence of what Ray tells all drivers, such as that a node died.
+
+    Ray would print the whole to stdout: numbers of processes, guesses, and 20 lines of a raylet's log.
 
     Args:
         data: its messages are "lines".
         ignore_prefix: passed by Ray, and not needed.
     """
     for message in data["lines"]:
-        log.warning("Ray: %s", message.strip().partition("\n")[0].partition(" Last 20 lines")[0])
+        log.warning("Ray: %s", re.split(r"\.\s", message.strip())[0])
 
 
 def watch_head(address: str, raylet_address: str, limit_s: float, stop: threading.Event) -> None:
