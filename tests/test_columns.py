@@ -253,3 +253,14 @@ def test_a_target_that_no_float_can_standardise_is_refused(large: float):
     """Its deviation would be infinite, and all standardised targets 0."""
     with pytest.raises(ValueError, match=r"the target b runs from 1 to .*, which 64-bit floats cannot standardise"):
         scales_of_targets(np.array([[1.0, 1.0], [2.0, large], [3.0, 2.0]]), ["a", "b"])
+
+
+@pytest.mark.parametrize(("step", "rows", "is_told"), [(1, [0, 2, 5], True), (2, [0, 2, 5], False), (1, None, False)])
+def test_a_column_that_counts_the_rows_is_told(step: int, rows: list[int] | None, is_told: bool):
+    """The numbers of a table that is sorted by its classes give them away."""
+    table = pa.table({"Id": [7 + step * row for row in (0, 2, 5)], "x": [0.0, 2.0, 5.0]})
+    _, notes = fit_columns(table, ["Id", "x"], missing="refuse", rows=None if rows is None else np.array(rows))
+    told = [note.text for note in notes if note.is_warning]
+    assert [text.startswith("columns that count the rows") and text.endswith(": Id") for text in told] == [
+        True
+    ] * is_told

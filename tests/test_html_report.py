@@ -774,7 +774,7 @@ def test_several_runs_of_another_task_have_its_quality_and_runs_of_two_tasks_are
     ]
     table, _ = several_sections(read_several([run.uri for run in runs]))
     assert ("test bits a token", "1.4", "1.2") in table.rows
-    with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits\)"):
+    with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits a token\)"):
         read_several([runs[0].uri, a_directory(tmp_path, name="c").uri])
 
 

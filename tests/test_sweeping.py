@@ -120,9 +120,14 @@ def test_trials_that_learn_different_things_are_refused_before_anything_runs(
         "diabetes": Known(quality=BITS, task=squares),
     }
     monkeypatch.setattr(session, "load_full_set", lambda *learned, known: sets[learned[0].name])
-    with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits\)"):
+    with pytest.raises(ValueError, match=r"learn different things \(accuracy, bits a token\)"):
         sweep(Config(storage_path=str(tmp_path)), {"data.name": list(sets)}, seeds=1)
     assert list(tmp_path.iterdir()) == []
+    characters = Known(
+        quality=replace(BITS, unit="bits a character"), task=nats
+    )  # of which a text has fewer than bytes
+    with pytest.raises(ValueError, match=r"learn different things \(bits a character, bits a token\)"):
+        driver._different_losses(cast(Any, [Known(quality=BITS, task=nats), characters]))
     sets["diabetes"].quality = ACCURACY
     assert driver._different_losses(cast(Any, [sets["digits"]])) == ""
     with pytest.raises(ValueError, match=r"different losses \(nats, squares\).* leave --prune out"):

@@ -56,7 +56,7 @@ def read_several(directories: Sequence[str]) -> list[dict[str, Any]]:
     for directory, record in zip(directories, records, strict=True):
         if kind := record.get("kind"):
             raise ValueError(f"{directory} is a {kind}: only runs can be laid side by side; report it alone")
-    if len(names := {quality_of(record).name for record in records}) > 1:
+    if len(names := {(quality := quality_of(record)).unit or quality.name for record in records}) > 1:
         words = ", ".join(sorted(names))
         raise ValueError(f"the runs learn different things ({words}) and cannot be compared: give runs of one task")
     return records

@@ -181,7 +181,7 @@ def _different_losses(full_sets: Collection[FullSet]) -> str:
     Raises:
         ValueError: if they learn different things.
     """
-    qualities = sorted({full_set.quality.name for full_set in full_sets})
+    qualities = sorted({full_set.quality.unit or full_set.quality.name for full_set in full_sets})
     losses = sorted({full_set.task.loss_name for full_set in full_sets})
     if len(qualities) > 1:
         names = ", ".join(qualities)

@@ -298,6 +298,9 @@ class _Reader:
             return None
         if kind == "time":
             self.note("dates and times are read as numbers of seconds", name)
+        elif self.rows is not None and pa.types.is_integer(values.type) and np.ptp(numbers - self.rows) == 0:
+            text = "columns that count the rows, and tell the targets if those are sorted; --data.columns names others"
+            self.note(text, name, is_warning=True)
         self.absent(name, numbers)
         return InputColumn(name, kind, mean, deviation)
 
