@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ import torch
 from ray import cloudpickle
 from torch import nn
 
+from raysubset import fingerprints
 from raysubset.comparison.checks import checked_arms
 from raysubset.config import Config
 from raysubset.data import load_full_set
@@ -221,6 +223,36 @@ def test_code_is_known_by_what_it_does():
         assert object_fingerprint("f", made(1.0, scaled=True)) != first
     finally:
         globals()["SCALE"] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("imported", "used"),
+    [
+        ("from tools_in_hand import part", "part.double(3)"),
+        ("import tools_in_hand.part as tools", "tools.double(3)"),
+        ("import tools_in_hand", "(lambda: tools_in_hand.part.double(3))()"),
+        ("from tools_in_hand.part import double", "double(3)"),
+    ],
+)
+def test_changes_of_modules_that_code_in_hand_uses_are_found(tmp_path, monkeypatch, imported: str, used: str):
+    """Its files are what other processes import."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / "tools_in_hand").mkdir()
+    part = tmp_path / "tools_in_hand" / "part.py"
+    part.write_text("def double(x): return 2 * x\n")
+    script: dict[str, Any] = {"__name__": "__main__"}
+    exec(f"import tools_in_hand.part\n{imported}\ndef function(): return {used}", script)
+    try:
+        assert script["function"]() == 6
+        first = object_fingerprint("f", script["function"])
+        assert first == object_fingerprint("f", script["function"])
+        part.write_text("def double(x): return 3 * x\n")
+        (changed,) = fingerprints.changes(first, object_fingerprint("f", script["function"]))
+        assert changed == "tools_in_hand/part.py has other bytes"
+    finally:
+        for name in ("tools_in_hand", "tools_in_hand.part"):
+            sys.modules.pop(name, None)
 
 
 def test_digests_are_the_same_in_every_process(tmp_path):

@@ -7,7 +7,7 @@ import dis
 import pickle
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -81,6 +81,7 @@ class _Digester(pickle._Pickler):  # the pickler in Python: its memoize() can be
             return _stand_in("tensor", str(plain.dtype), tuple(plain.shape), value.requires_grad)
         match value:
             case types.ModuleType():
+                self.modules.add(value.__name__)
                 return _stand_in("module", value.__name__)
             case types.CodeType():
                 return _stand_in("code", *_parts_of(value))
@@ -116,6 +117,8 @@ class _Digester(pickle._Pickler):  # the pickler in Python: its memoize() can be
             return _stand_in("class", value.__name__, value.__bases__, attributes)
         used = {key: value.__globals__[key] for key in sorted({*_globals_of(value.__code__)} & {*value.__globals__})}
         closure = [cell.cell_contents for cell in value.__closure__ or ()]
+        names = {name for code in _codes(value.__code__) for name in code.co_names}
+        self.modules.update(part for each in (*used.values(), *closure) for part in _submodules(each, names))
         return _stand_in("function", value.__code__, value.__defaults__, value.__kwdefaults__, closure, used)
 
 
@@ -140,7 +143,22 @@ def _parts_of(code: types.CodeType) -> tuple[Any, ...]:
 
 def _globals_of(code: types.CodeType) -> Iterator[str]:
     """Yield the names that the code, and the code defined in it, reads from its module."""
-    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for each in _codes(code):
+        yield from (step.argval for step in dis.get_instructions(each) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield the code, and the code defined in it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _globals_of(constant)
+            yield from _codes(constant)
+
+
+def _submodules(value: Any, names: Collection[str]) -> Iterator[str]:
+    """Yield the names of a module's parts that code with these names may use, as in package.part.function()."""
+    for name in names if isinstance(value, types.ModuleType) else ():
+        part = vars(value).get(name)
+        if isinstance(part, types.ModuleType) and part.__name__ == f"{value.__name__}.{name}":
+            yield part.__name__
+            yield from _submodules(part, names)
