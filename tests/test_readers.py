@@ -701,6 +701,23 @@ def test_a_folder_per_class(tmp_path: Path):
     )
 
 
+def test_copies_of_files_are_told_as_they_may_be_tested_on(tmp_path: Path):
+    write_images(tmp_path / "train" / "cat", random_images(6, seed=1))
+    write_images(tmp_path / "train" / "dog", random_images(6, seed=2))
+    write_images(tmp_path / "test" / "cat", random_images(4, seed=3))
+    write_images(tmp_path / "test" / "dog", random_images(4, seed=4))
+
+    def told() -> list[str]:
+        return [note for note in load(tmp_path).notes if "the bytes of another" in note]
+
+    assert not told()
+    (tmp_path / "test" / "dog" / "009.png").write_bytes((tmp_path / "train" / "dog" / "005.png").read_bytes())
+    (one,) = told()
+    assert "1 file has the bytes of another (train/dog/005.png and test/dog/009.png): what is trained on may be" in one
+    (tmp_path / "train" / "cat" / "000 (1).png").write_bytes((tmp_path / "train" / "cat" / "000.png").read_bytes())
+    assert ["2 files have the bytes of another" in note for note in told()] == [True]
+
+
 def test_names_that_begin_with_an_underscore_and_every_suffix_of_pillow_are_read(tmp_path: Path):
     for suffix in ("jfif", "jpe", "jp2", "tga", "avif", "webp", "JPG", "pnm", "dib", "qoi"):
         write_images(tmp_path / "_background_", random_images(1), suffix)

@@ -73,6 +73,19 @@ def file_fingerprint(
     return _digests(files.system, root, paths, known)
 
 
+def repeated_files(files: DataFiles, digests: pa.Table) -> tuple[Note, ...]:
+    """Warn about files of equal bytes, such as copies, given file_fingerprint(). Masks may be equal."""
+    known, first, repeated = entries(digests), dict[str, str](), list[tuple[str, str]]()
+    for file in (member.path for members in files.layout.values() for member in members):
+        if file in known and (other := first.setdefault(known[file].digest, file)) != file:
+            repeated.append((other, file))
+    if not repeated:
+        return ()
+    noun, text = "file has" if len(repeated) == 1 else "files have", " and ".join(repeated[0])
+    text = f"{len(repeated)} {noun} the bytes of another ({text}): what is trained on may be tested on; remove copies"
+    return (Note(text, is_warning=True),)
+
+
 def unused_settings(config: DataConfig, kind: Kind) -> tuple[Note, ...]:
     """Warn about settings that do not apply to this kind of data. A user's own augmentation applies to every kind."""
     exempt = ("none", config.own_augmentation)

@@ -13,6 +13,7 @@ from raysubset.data.contents import (
     array_fingerprint,
     digested_again,
     file_fingerprint,
+    repeated_files,
     unused_settings,
 )
 from raysubset.data.examples import OwnAugmentation
@@ -52,11 +53,12 @@ def load_full_set(config: DataConfig, task: TaskConfig | None = None, *, known: 
         fingerprint = digested_again(config.name, before)
     else:  # the files were downloaded since
         fingerprint = file_fingerprint(config)
+    repeated = repeated_files(files, fingerprint) if files else ()
     full_set = dataclasses.replace(
         full_set,
         augmentation=OwnAugmentation(config.own_augmentation) if config.own_augmentation else None,
         is_ever_augmented=config.augmentation != "none",
-        advice=(*full_set.advice, *_constant_targets(full_set), *unused_settings(config, kind)),
+        advice=(*full_set.advice, *repeated, *_constant_targets(full_set), *unused_settings(config, kind)),
         fingerprint=fingerprint,
     )
     sizes = " + ".join(str(len(split)) for split in (full_set.train, full_set.validation, full_set.test))
