@@ -264,3 +264,14 @@ def test_a_column_that_counts_the_rows_is_told(step: int, rows: list[int] | None
     assert [text.startswith("columns that count the rows") and text.endswith(": Id") for text in told] == [
         True
     ] * is_told
+
+
+def test_values_in_another_unit_than_in_training_are_told():
+    training = pa.table({"t": [1000.0, 1001.0, 1002.0, 1003.0], "x": [0.0, 1.0, 2.0, 3.0]})
+    inputs, _ = fit_columns(training, ["t", "x"], missing="refuse")
+    _, notes = inputs.encode(pa.table({"t": [1001.0, 2000.0], "x": [1.0, -900.0]}))
+    assert not notes
+    _, (note,) = inputs.encode(pa.table({"t": [1001.0, 1001e3, 1002e3], "x": [1.0, 2.0, 3.0]}), where="the test split")
+    assert note.is_warning
+    assert note.text.startswith("values of the test split lie over 1000 deviations from the training mean")
+    assert note.text.endswith(": t (2, such as 1.001e+06)")

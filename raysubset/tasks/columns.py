@@ -29,6 +29,7 @@ MOST_VALUES = 100  # different texts in a column, each of which becomes a featur
 
 # A number or a date that is not read as one: 1,5 and 1.5 of texts, 12 %, $3, 31/12/2026.
 _WRITTEN_NUMBER = re.compile(r"[-+]?[$€£¥]?\s?\d[\d.,' /:]*[%$€£¥]?")
+_FAR = 1000  # standard deviations: seconds beside milliseconds, dates beside times of day, -9999 for missing values
 _MOST_CODES = 20  # different texts of digits alone that are read as categories in silence
 
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -133,6 +134,11 @@ class TableInputs:
                         f"column {column.name} {reader.place(far[0])} is {numbers[far[0]]:g}, too far from the "
                         f"training rows' mean of {column.mean:g} ± {column.deviation:g}: leave the row out"
                     )
+                if len(far := np.flatnonzero(np.abs(features[:, first]) > _FAR)):
+                    text = (
+                        f"values of {where} lie over {_FAR} deviations from the training mean: are their units alike?"
+                    )
+                    reader.note(text, f"{column.name} ({len(far)}, such as {numbers[far[0]]:g})", is_warning=True)
             first += len(column.feature_names)
         return features, reader.notes()
 
