@@ -1,5 +1,6 @@
 """Levenberg-Marquardt: sums against dense Jacobians, steps against least squares, minima against MINPACK's."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ import raysubset.training.whole_subset.objective as objective_module
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.tasks import Regression, SquaredError, TensorInputs
-from raysubset.training import Progress, evaluate, minimize
+from raysubset.training import Metrics, Progress, evaluate, minimize
+from raysubset.training.whole_subset import driver
 from raysubset.training.whole_subset.levenberg_marquardt import MOST_PARAMETERS, LevenbergMarquardt
 from raysubset.training.whole_subset.objective import Objective
 from tests.tiny import SQUARED_ERROR, cnn, examples, linear, same_bits, through_a_file, weights
@@ -202,6 +204,18 @@ def test_patience_ends_it_after_the_least_validation_loss_with_those_weights(opt
     best = int(np.argmin(losses))
     assert (result.outcome, best) == ("validation", len(losses) - 3)
     assert same_bits(weights(model), seen[best])
+
+
+def test_a_validation_loss_of_nan_at_the_start_is_worse_than_any(monkeypatch):
+    losses = iter([math.nan, 3.0, 2.0, 4.0, 4.0])
+    monkeypatch.setattr(driver, "evaluate", lambda *_: Metrics(next(losses), 1, {}, {}))
+    model, seen = dense(), []
+    recipe, validation = replace(RECIPE, patience=2), curves(31, seed=1)
+    result = minimize(
+        model, curves(15), recipe, seed=0, validation=validation, on_step=lambda _: seen.append(weights(model))
+    )
+    assert result.outcome == "validation"
+    assert same_bits(weights(model), seen[1])
 
 
 def test_looks_at_validation_data_are_counted_and_paid_for_out_of_the_budget():

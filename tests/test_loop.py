@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raysubset.aggregation import mean_optimizer_state
 from raysubset.config import ExtrapolationConfig, MinimizeConfig, SkippingConfig, derive_seed
 from raysubset.data import Examples
 from raysubset.tasks import Classification, CrossEntropy, SquaredError
@@ -228,7 +229,13 @@ def test_divergence_restores_the_best_epochs_weights_and_forgets_the_moments():
     assert max(losses[:-1]) <= 10 * losses[0]
     minimize(best, data, replace(recipe, epochs=1 + losses.index(min(losses))), seed=1)
     assert same_bits(weights(model), weights(best))
-    assert not any(moments["momentum_buffer"].any() for moments in result.optimizer["state"].values())
+    slower = replace(recipe, epochs=1, learning_rate=0.01)
+    other = minimize(linear(64), data, slower, seed=1)
+    assert same_bits(mean_optimizer_state([result.optimizer, other.optimizer]), other.optimizer)  # zeros would halve it
+    begun, anew = linear(64), linear(64)
+    minimize(begun, data, slower, seed=2, optimizer_state=result.optimizer)
+    minimize(anew, data, slower, seed=2)
+    assert same_bits(weights(begun), weights(anew))
 
 
 def test_a_loss_that_is_nan_in_the_first_epoch_is_refused_with_a_way_out():
@@ -413,3 +420,20 @@ def test_losses_below_zero_diverge_and_stand_still_by_their_size(losses, outcome
     recipe = MinimizeConfig(tolerance=0.01 if outcome == "tolerance" else None)
     history = [EpochRecord(number, loss, 0.1, number) for number, loss in enumerate(losses, 1)]
     assert reached(recipe, Progress(9, 1, history=history)) == outcome
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+def test_parameters_without_elements_change_nothing(optimizer):
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.none = linear(64), nn.ParameterList([torch.zeros(4, 0), torch.zeros(0)])
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.net(images) + sum(parameter.sum() for parameter in self.none)
+
+    recipe = MinimizeConfig(optimizer=optimizer, epochs=1.0, batch_size=8)
+    plain, model = linear(64), Empty()
+    for each in (plain, model):
+        minimize(each, examples(), recipe, seed=0)
+    assert same_bits(weights(model.net), weights(plain))

@@ -619,3 +619,13 @@ def test_swa_is_allowed_in_the_stages_that_are_long_enough():
     config = Config().with_overrides({"minimize.averaging.kind": "swa", "minimize.averaging.stages": "subsets"})
     assert config.stage("subsets").averaging.kind == "swa"
     assert config.stage("fine_tuning").averaging.kind == "none"
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa", "pwalks"])
+def test_frozen_parameters_of_integers_stay(kind):
+    plain, model = linear(64), linear(64)
+    model.get_submodule("1").places = nn.Parameter(torch.arange(3), requires_grad=False)
+    recipe = MinimizeConfig(epochs=1.0, batch_size=8, averaging=AveragingConfig(kind=kind))
+    for each in (plain, model):
+        minimize(each, examples(), recipe, seed=0)
+    assert same_bits(weights(model), {**weights(plain), "1.places": torch.arange(3)})

@@ -1,5 +1,6 @@
 """Validation along the way, early stopping on it, and the best weights."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,8 @@ class Measured:
         ([3, 2, 2, 1, 2, 2], 2, 6, 4),  # one that is no lower, then one that is
         ([1, 1, 1, 1, 1, 1], 3, 4, 1),
         ([6, 5, 4, 3, 2, 1], 1, None, 6),
+        ([math.nan, 2, 1, 2, 2, 2], 2, 5, 3),  # NaN is less than nothing, and nothing is less than it
+        ([math.nan, math.inf, math.nan, 1, 1, 1], 2, 3, 1),
     ],
 )
 def test_it_ends_after_so_many_looks_without_a_lower_loss_and_keeps_the_best(

@@ -15,7 +15,7 @@ from raysubset.costs import Cost
 from raysubset.data import Batches, Examples, even_sizes
 from raysubset.training.devices import mixed_precision, widest_dtype
 from raysubset.training.evaluation import widened
-from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer
+from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer, state_after
 from raysubset.training.own_loop import minimize_by_own_loop
 from raysubset.training.own_objective import OwnObjective
 from raysubset.training.own_optimizer import rates_of_groups
@@ -217,7 +217,7 @@ def minimize(
             progress.epoch_ended = progress.step % steps_per_turn == 0 or progress.step == progress.num_steps
             if progress.epoch_ended:
                 mean = shard.sum(loss_sum).item() / num_summed
-                values = [p.detach() for p in parameters if p.requires_grad]
+                values = [p.detach() for p in parameters if p.requires_grad and p.numel()]
                 if not torch.nn.utils.get_total_norm(values, norm_type=math.inf).isfinite():
                     mean = math.nan  # the last step went too far, and no loss was computed after it
                 progress.record_epoch(mean, rate)
@@ -240,7 +240,8 @@ def minimize(
     techniques.close()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return MinimizeResult(outcome or "epochs", tuple(progress.history), cost(), optimizer.state_dict())
+    outcome = outcome or "epochs"
+    return MinimizeResult(outcome, tuple(progress.history), cost(), state_after(outcome, optimizer.state_dict()))
 
 
 def _seed_noise(device: torch.device, seed: int) -> None:

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
 
 def scaled_polar(matrices: Tensor) -> Tensor:
     """Return √max(1, o/i) times polar(matrices), for matrices [..., o, i]."""
-    return polar(matrices).mul_(math.sqrt(max(1.0, matrices.shape[-2] / matrices.shape[-1])))
+    return polar(matrices).mul_(math.sqrt(max(1.0, matrices.shape[-2] / max(1, matrices.shape[-1]))))
 
 
 def polar(matrices: Tensor) -> Tensor:

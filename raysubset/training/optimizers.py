@@ -61,6 +61,14 @@ def moment_names(recipe: MinimizeConfig) -> tuple[str, ...]:
     return ("momentum_buffer",) if recipe.momentum else ()
 
 
+def state_after(outcome: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state dict at the end of a minimization: after a divergence without any moments.
+
+    The next round begins with new ones, and zeros would count in the mean of members' states.
+    """
+    return {**state, "state": {}} if outcome == "diverged" else state
+
+
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict into a new optimizer, with the moments in the memory layout of their parameters.
 

@@ -1,5 +1,6 @@
 """ValidationWatch: measures validation data during training, keeps the best weights, and says when to stop."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,8 +44,9 @@ class ValidationWatch:
             return None
         metrics = self._validate() if progress.validation is None else progress.validation
         self.looks.append({**progress.history[-1].to_dict(), "validation": metrics.to_dict()})
-        if not self._best or metrics.loss < self._best["loss"]:
-            self._best = {"loss": metrics.loss}
+        loss = metrics.loss if math.isfinite(metrics.loss) else math.inf  # nothing would be less than NaN
+        if not self._best or loss < self._best["loss"]:
+            self._best = {"loss": loss}
             if self._patience:
                 self._best["at"] = len(self.looks)
             if self._keeps_best:

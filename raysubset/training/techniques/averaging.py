@@ -30,7 +30,8 @@ class Averaging:
     """
 
     def __init__(self, recipe: AveragingConfig, model: nn.Module, *, num_steps: int, num_steps_per_epoch: int) -> None:
-        self._recipe, self._parameters = recipe, list(model.parameters())
+        self._recipe = recipe
+        self._parameters = [p for p in model.parameters() if p.is_floating_point()]  # frozen ones may be integers
         self._period = 1 if recipe.kind == "ema" else max(1, round(recipe.period * num_steps_per_epoch))
         self._first_end = recipe.swa_start * num_steps  # SWA samples at the ends of later epochs
         self._update = (

@@ -1,5 +1,6 @@
 """minimize_whole(): the loop around whole-subset steppers: budget, history, best weights, stopping and resuming."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -121,7 +122,8 @@ def _minimize(
         assert validation is not None
         objective.num_forward += len(validation)
         progress.validation = evaluate(model, validation, recipe)
-        return {"loss": progress.validation.loss, "weights": objective.weights(), "since": 0}
+        loss = progress.validation.loss
+        return {"loss": loss if math.isfinite(loss) else math.inf, "weights": objective.weights(), "since": 0}
 
     if state is None:
         objective.num_forward += recompute_batch_norm(model, examples, recipe)
