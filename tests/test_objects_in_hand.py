@@ -281,6 +281,12 @@ def test_digests_are_the_same_in_every_process(tmp_path):
     assert len(seen) == 1
 
 
+def hooked() -> nn.Module:
+    network = net()
+    network.get_parameter("2.weight").register_hook(lambda gradient: 0 * gradient)
+    return network
+
+
 def locked() -> nn.Module:
     network = net()
     network.lock = threading.Lock()  # pyright: ignore[reportArgumentType]
@@ -298,6 +304,7 @@ MISTAKES = {
     "data too": ({"data": ARRAYS}, {"data.name": "diabetes"}, "data.name = 'diabetes' too: leave one of them out"),
     "a path": ({"data": "a.csv"}, {}, "data = 'a.csv' is a name, or a path: set data.name of the config; texts are"),
     "a name": ({"model": "mlp"}, {}, "model = 'mlp' is a name, or a path: set model.name of the config"),
+    "hooked": ({"model": hooked()}, {}, "a hook on the gradient of 2.weight, .*: give a function that creates"),
     "lazy": ({"model": nn.LazyLinear(1)}, {}, r"without a shape yet \(weight, bias\): pass a batch through it first"),
     "locked": (
         {"model": locked()},

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,12 +67,52 @@ class Untraceable(nn.Module):
         return self.head(self.second(features))
 
 
+class Counting(nn.Module):
+    """forward() changes buffers itself: a counter, in place or by assignment, and a moving mean by assignment."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.head, self.in_place = linear(64), in_place
+        self.register_buffer("num", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = self.head(images)
+        if self.in_place:
+            self.num += 1
+        else:
+            self.num = self.num + 1
+            self.mean = 0.9 * self.mean + 0.1 * outputs.detach().mean(0)
+        return outputs - self.mean
+
+
+def of_layers(kind: str) -> nn.Module:
+    """Layers that are not what their classes say: parametrized, or with hooks on them or on the whole network."""
+    first = nn.Conv2d(1, 4, 3)
+    model = nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    if kind == "weight_norm":
+        nn.utils.parametrizations.weight_norm(first)
+    elif kind == "layer_hook":
+        first.register_forward_hook(lambda _, inputs, outputs: outputs - outputs.mean(1, keepdim=True))
+    else:
+        model.register_forward_hook(lambda _, inputs, outputs: outputs.mul(2))
+    return model
+
+
+MADE: dict[str, Callable[[], nn.Module]] = {
+    "untraceable": Untraceable,
+    "counting": partial(Counting, in_place=True),
+    "assigning": partial(Counting, in_place=False),
+    **{kind: partial(of_layers, kind) for kind in ("weight_norm", "layer_hook", "network_hook")},
+}
+
+
 def build(name: str, seed: int) -> nn.Module:
     options: dict[str, Any] = {"cifar_resnet": {"width": 4, "depth": 8}, "mlp": {"width": 8}, "cnn": {"width": 4}}
-    if name == "untraceable":
+    if name in MADE:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return Untraceable()
+            return MADE[name]()
     norm: Any = "group" if name == "group_cnn" else "batch"
     config = ModelConfig(name=name.removeprefix("group_"), norm=norm, **options[name.removeprefix("group_")])
     model = build_model(config, Spec((1, 8, 8), (3,)), seed=seed)
@@ -143,7 +184,7 @@ def assert_same_results(
         assert counts == (expected.cost.num_forward, expected.cost.num_backward, expected.cost.num_steps)
 
 
-@pytest.mark.parametrize("name", ["cnn", "group_cnn", "mlp", "cifar_resnet", "untraceable"])
+@pytest.mark.parametrize("name", ["cnn", "group_cnn", "mlp", "cifar_resnet", *MADE])
 def test_packed_equals_one_by_one_for_every_kind_of_network(name: str) -> None:
     members = Members(network=lambda seed: build(name, seed))
     assert_same_results(members.packed(RECIPE), members.one_by_one(RECIPE))
@@ -338,6 +379,10 @@ def test_what_cannot_be_packed_is_told() -> None:
         "compile": MinimizeConfig(compile=True),
     }.items():
         assert words in str(why_not_packed(cnn(), config))
+    hooked = [linear(64), linear(64)]
+    next(hooked[0].parameters()).register_hook(lambda gradient: 0 * gradient)
+    hooked[1].register_full_backward_hook(lambda *_: None)
+    assert all("hooks on gradients" in str(why_not_packed(model, RECIPE)) for model in hooked)
 
 
 def test_noise_that_a_forward_function_draws_is_refused_by_vmap() -> None:

@@ -232,6 +232,24 @@ def test_a_network_that_is_used_again_has_the_layout_of_a_new_one(full_set: Full
     assert layouts[0] == layouts[1]
 
 
+def test_a_network_with_a_hook_on_a_gradient_is_built_anew_as_a_copy_would_lack_it(full_set, tmp_path, monkeypatch):
+    (tmp_path / "masked_nets.py").write_text(
+        "from torch import nn\n"
+        "def masked(spec):\n"
+        "    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+        "    network[1].weight.register_hook(lambda gradient: 0 * gradient)\n"
+        "    return network\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG.with_overrides({"model.name": "masked_nets:masked", "model.norm": "batch"})
+    start, networks = new_model(config.model, full_set).state_dict(), Networks()
+    for _ in range(2):
+        model = networks.placed(config, full_set, start, torch.device("cpu"))
+        model(torch.ones(1, 1, 8, 8)).sum().backward()
+        has_gradient = [bool(p.grad is not None and p.grad.any()) for p in model.parameters()]
+        assert has_gradient == [False, True]  # weight and bias
+
+
 def one_round(config: Config, full_set: FullSet, directory: RunDirectory) -> tuple[Aggregation, float]:
     """Do all work of a run of one round without trunk and fine-tuning; its aggregate, and its passes."""
     plan, start = make_plan(config, full_set), new_model(config.model, full_set, seed=1).state_dict()

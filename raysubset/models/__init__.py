@@ -10,6 +10,7 @@ from raysubset.models.properties import (
     generators_restored,
     has_batch_norm,
     has_dropout,
+    hooked_parameter,
     learning_batch_norms,
     modes_restored,
     modules_in_training,

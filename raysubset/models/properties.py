@@ -82,8 +82,17 @@ def _dropout_rate(module: nn.Module) -> float:
     return rate if isinstance(rate, int | float) else 0.0
 
 
+def hooked_parameter(model: nn.Module) -> str | None:
+    """Return the name of a parameter with a hook on its gradient, which no copy of the network would have."""
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return next((name for name, p in model.named_parameters() if any(getattr(p, kind) for kind in hooks)), None)
+
+
 def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a network, which shares attributes that cannot be copied, such as locks."""
+    """Return a deep copy of a network, which shares attributes that cannot be copied, such as locks.
+
+    Hooks on parameters' gradients are left out.
+    """
     try:
         return copy.deepcopy(model)
     except Exception:  # a user's attribute may raise anything

@@ -33,27 +33,42 @@ def forward_of_all(network: nn.Module) -> Forward:
     The network itself is left alone. If vmap cannot run it, the first call raises torch's RuntimeError.
     """
     network = copy.deepcopy(network).train()
-    if (folded := _folded(network)) is not None:
+    if (folded := _folded(copy.deepcopy(network))) is not None:
         return lambda tensors, images: functional_call(folded, dict(tensors), (images,))
 
-    def forward_of_one(tensors: dict[str, Tensor], images: Tensor) -> Tensor:
-        return functional_call(network, tensors, (images,))
+    def forward_of_one(tensors: dict[str, Tensor], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the outputs, and the buffers to which forward() assigned new tensors."""
+        given = dict(tensors)
+        outputs = functional_call(network, tensors, (images,))  # puts these new tensors into its argument
+        return outputs, {name: tensor.detach() for name, tensor in tensors.items() if tensor is not given[name]}
 
-    mapped = vmap(forward_of_one, in_dims=(0, 1), out_dims=1, randomness="error")
+    mapped = vmap(forward_of_one, in_dims=(0, 1), out_dims=(1, 0), randomness="error")
 
     def forward(tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
         fused = images.device.type != "cpu"  # on a CPU vmap would take members' attention one by one
         with contextlib.nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
-            return mapped(dict(tensors), images)
+            outputs, assigned = mapped(dict(tensors), images)
+        for name, tensor in assigned.items():
+            tensors[name].copy_(tensor)
+        return outputs
 
     return forward
 
 
 def _folded(network: nn.Module) -> nn.Module | None:
-    """Return the network on [N, K, C, H, W] and [N, K, F], its layers changed in place; None if a part is unknown."""
+    """Return the network on [N, K, C, H, W] and [N, K, F], its layers changed in place; None if a part is unknown.
+
+    A graph lacks what forward() itself does to buffers, which happens while it is traced.
+    """
+    if _has_hooks(network):  # a graph lacks those of the whole network
+        return None
+    buffers = [(buffer, buffer._version) for buffer in network.buffers()]
     try:
         traced = fx.symbolic_trace(network)
     except Exception:  # tracing runs the user's forward() on stand-ins, which may raise anything
+        return None
+    after = zip(buffers, network.buffers(), strict=True)
+    if not all(now is buffer and now._version == version for (buffer, version), now in after):
         return None
     if not all(_fold(node, traced) for node in traced.graph.nodes):
         return None
@@ -72,7 +87,9 @@ def _fold(node: fx.Node, traced: fx.GraphModule) -> bool:
     if node.op in ("placeholder", "output"):
         return True
     if node.op == "call_module":
-        return _layer(traced.get_submodule(str(node.target))) is not None
+        module = traced.get_submodule(str(node.target))
+        is_torchs = type(module).__module__.startswith("torch.nn.modules.")  # parametrized layers are not
+        return is_torchs and not _has_hooks(module) and _layer(module) is not None
     if node.op != "call_function":
         return False
     inputs, options = node.args[0] if node.args else None, node.args[1:]
@@ -90,6 +107,11 @@ def _fold(node: fx.Node, traced: fx.GraphModule) -> bool:
     else:
         return node.target in _ELEMENTWISE_FUNCTIONS
     return True
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Return True if functions of the user's see the module's inputs or outputs, which would have more dimensions."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _layer(module: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -14,10 +14,10 @@ from torch.func import vmap
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
 from raysubset.costs import Cost
 from raysubset.data import Examples, even_sizes, joined
-from raysubset.models import has_dropout
+from raysubset.models import has_dropout, hooked_parameter
 from raysubset.training.devices import mixed_precision, placed, widest_dtype
 from raysubset.training.evaluation import widened
-from raysubset.training.optimizers import learning_rate_at
+from raysubset.training.optimizers import learning_rate_at, state_after
 from raysubset.training.records import (
     DivergedError,
     MinimizeResult,
@@ -45,6 +45,10 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
         (recipe.precision == "float16", "minimize.precision=float16 scales the loss of one network"),
         (recipe.compile, "minimize.compile is for one network"),
         (has_dropout(model), "the network has dropout, whose noise is each subset's own"),
+        (
+            hooked_parameter(model) or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules()),
+            "the network has hooks on gradients, which are of one network",
+        ),
         (
             any(isinstance(module, nn.RNNBase) for module in model.modules()),
             "torch cannot run recurrent layers with stacked weights",
@@ -252,7 +256,7 @@ class _Pack:
             if row not in rows and member.result is None:
                 self._stack.weights(row)  # into the member's module
                 outcome = member.outcome or ("epochs" if member.has_ended else "stopped")
-                history, state = tuple(member.progress.history), self._stack.optimizer_state(row)
+                history, state = tuple(member.progress.history), state_after(outcome, self._stack.optimizer_state(row))
                 member.result = MinimizeResult(outcome, history, member.progress.cost, state)
         self.running = [self.running[row] for row in rows]
         self._stack.keep(rows)

@@ -1,6 +1,5 @@
 """A trial, with the run's own model and recipe, of whether stepping several members at once pays on a device."""
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from raysubset.config import MinimizeConfig
 from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.errors import first_line
+from raysubset.models import copied
 from raysubset.training.loop import minimize
 from raysubset.training.packed import minimize_packed
 from raysubset.training.records import num_steps_per_epoch
@@ -56,12 +56,12 @@ def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], recip
     seeds, total, singles, packs = list(range(len(models))), Cost(), [], []
     for _ in range(_NUM_REPEATS):
         watch = _Watch(examples[0].device)
-        result = minimize(copy.deepcopy(models[0]), examples[0], recipe, seed=0, on_step=watch)
+        result = minimize(copied(models[0]), examples[0], recipe, seed=0, on_step=watch)
         singles.append(watch.step_s)
         total += result.cost
         watch = _Watch(examples[0].device)
         try:
-            results = minimize_packed(copy.deepcopy(list(models)), examples, recipe, seeds=seeds, on_step=watch)
+            results = minimize_packed(list(map(copied, models)), examples, recipe, seeds=seeds, on_step=watch)
         except (RuntimeError, NotImplementedError) as error:  # from vmap, or because memory ran out
             raise ValueError(first_line(error)[:200]) from error
         packs.append(watch.step_s)
@@ -104,7 +104,7 @@ class _Watch:
 
 def _unused_parameter(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> str | None:
     """Return the name of a parameter that gets no gradient, or None."""
-    network = copy.deepcopy(model).train()
+    network = copied(model).train()
     indices = torch.arange(min(4, len(examples)), device=examples.device)
     dtype = next(network.parameters()).dtype
     inputs, targets = examples.batch(indices, channels_last=recipe.channels_last, dtype=dtype)

@@ -1,6 +1,7 @@
 """Networks: a process's cache of networks, because building one for each piece of work takes long."""
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from raysubset.config import Config
 from raysubset.data import FullSet
+from raysubset.models import hooked_parameter
 from raysubset.training import Weights, place
 from raysubset.work.starting import random_model
 
@@ -18,8 +20,8 @@ class Networks:
     Drawing 11 million initial weights that start weights overwrite takes 300 ms of a CPU, copying them 2. Our own
     networks are used again: beside its state dict, a minimization leaves only gradients, frozen flags and modes in
     them. If a user's code handles the network (model, optimizer or objective), each piece gets a copy of an unused one,
-    or a new one if copying fails. The state of such a network outside its state dict is that of the seed "initial", for
-    all rounds and members alike.
+    or a new one if copying fails or would lose hooks on gradients. The state of such a network outside its state dict
+    is that of the seed "initial", for all rounds and members alike.
     """
 
     def __init__(self) -> None:
@@ -62,7 +64,7 @@ class Networks:
     def _copy(self, config: Config, full_set: FullSet) -> nn.Module:
         if not self._networks:
             self._networks.append(random_model(config, full_set))
-        try:
-            return copy.deepcopy(self._networks[0])
-        except Exception:  # a user's attribute may raise anything
-            return self._networks.pop()
+        if hooked_parameter(self._networks[0]) is None:
+            with suppress(Exception):  # a user's attribute may raise anything
+                return copy.deepcopy(self._networks[0])
+        return self._networks.pop()
