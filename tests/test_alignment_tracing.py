@@ -228,6 +228,12 @@ def test_a_layer_of_which_nothing_is_known_is_refused_by_name():
         trace_units(Network(attend, 6, attention=attention), Spec((3, 8, 8), (5,)))
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm])
+def test_layers_whose_weight_is_computed_from_others_are_refused(norm):
+    with pytest.raises(ValueError, match=r"units cannot be aligned: nothing is known of 0 \((Parametrized)?Linear\)"):
+        trace_units(nn.Sequential(norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 5)), Spec((4,), (5,)))
+
+
 @pytest.mark.parametrize(
     ("name", "refused"), [("vit", "expand in"), ("swin", r"features\.1\.0\.attn \(ShiftedWindowAttention\)")]
 )

@@ -111,6 +111,31 @@ def test_of_linear_regressions_on_subsets_regmean_of_factor_one_is_the_regressio
     assert 1e-4 < (between - weight).abs().max() < (plain - weight).abs().max()
 
 
+def test_a_frozen_bias_stays_and_weights_are_regressed_given_it():
+    model, bias = nn.Sequential(nn.Flatten(), nn.Linear(9, 2)).double(), torch.tensor([3.0, -1.0]).double()
+    minima, parts = [], []
+    for subset_id, num in enumerate((20, 40)):
+        data, targets = regression(subset_id, num)
+        weight = torch.linalg.lstsq(inputs_of(data), targets - bias).solution.T
+        grams, _ = gram_matrices(model, data, RECIPE)
+        own = {"1.weight": weight, "1.bias": bias}
+        minima.append(with_statistics(minimum(subset_id, own, num_examples=num), gram=grams))
+        parts.append((inputs_of(data), targets - bias))
+    merged = regmean(minima, factor=1.0).weights
+    weight = torch.linalg.lstsq(*(torch.cat(each) for each in zip(*parts, strict=True))).solution.T
+    torch.testing.assert_close(merged["1.weight"], weight, rtol=1e-9, atol=1e-10)
+    assert torch.equal(merged["1.bias"], bias)
+
+
+def test_layers_whose_weight_is_computed_from_others_have_no_gram_matrix_and_are_averaged():
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm):
+        model = nn.Sequential(nn.Flatten(), norm(nn.Linear(9, 4)), nn.Linear(4, 2))
+        grams, _ = gram_matrices(model, regression(0, 5)[0], RECIPE)
+        assert set(grams) == {"2"}
+        minima = [with_statistics(minimum(i, weights(model)), gram=grams) for i in range(2)]
+        assert same_bits(regmean(minima, factor=0.9).weights, weights(model))
+
+
 def test_regmean_of_factor_zero_weighs_each_input_by_its_own_square():
     grams = [torch.tensor([[[3.0, 9.0], [9.0, 1.0]]]), torch.tensor([[[1.0, -9.0], [-9.0, 1.0]]])]
     minima = [

@@ -28,6 +28,13 @@ def test_a_uniform_soup_is_swa_utils_average():
         torch.testing.assert_close(merged[key], value.detach(), rtol=1e-6, atol=1e-7)
 
 
+def test_complex_numbers_are_averaged_and_must_be_finite():
+    members = [{"w": torch.tensor([1 + 1j, number])} for number in (2j, 4 + 0j)]
+    assert merge(members)["w"].tolist() == [1 + 1j, 2 + 1j]
+    with pytest.raises(ValueError, match="subset 1 holds NaN or infinity in w"):
+        merge([members[0], {"w": torch.tensor([1 + 1j, complex(0, float("nan"))])}])
+
+
 def test_a_weighted_soup_goes_by_sizes():
     merged = merge(MEMBERS[:2], "weighted_soup", sizes=[3, 1])
     expected = 0.75 * MEMBERS[0]["0.weight"] + 0.25 * MEMBERS[1]["0.weight"]

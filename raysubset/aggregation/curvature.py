@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raysubset.aggregation.records import Aggregate, Minimum
@@ -81,7 +82,10 @@ def regmean(minima: Sequence[Minimum], *, factor: float) -> Aggregate:
         if not mean.has_changed(f"{layer}.weight"):
             continue  # a frozen layer: rounding would move it
         mean_matrix = _matrix(merged, layer, gram)
-        solution = mean_matrix + _solve(gram, products[layer] - gram @ mean_matrix)
+        right, num = products[layer] - gram @ mean_matrix, gram.shape[1]
+        if num > merged[f"{layer}.weight"][0].numel() and not mean.has_changed(f"{layer}.bias"):
+            num -= 1  # a frozen bias stays, and weights are solved for given it
+        solution = mean_matrix + F.pad(_solve(gram[:, :num, :num], right[:, :num]), (0, 0, 0, gram.shape[1] - num))
         merged |= {key: value.to(merged[key].dtype) for key, value in _parts(solution, merged, layer).items()}
     return aggregate_of("regmean", minima, merged, [m.num_examples for m in minima], mean)
 

@@ -17,8 +17,8 @@ class RunningMean:
     """A weighted mean of weights that are added one after the other. It holds one copy, however many are added.
 
     This is the one place that says how a mean is computed. Values that no member changed stay, to the last bit: frozen
-    parameters, masks of infinities. Of the others, floating values of the keys in `averaged` are averaged. The rest are
-    the first member's: integers, codebooks, the vectors of spectral norm.
+    parameters, masks of infinities. Of the others, floating and complex values of the keys in `averaged` are averaged.
+    The rest are the first member's: integers, codebooks, the vectors of spectral norm.
 
     Args:
         averaged: models.averaged_names(); None: all keys.
@@ -50,7 +50,8 @@ class RunningMean:
                 if _same(mean, value):
                     continue
                 self._differing.add(key)
-            if mean.is_floating_point() and (self._averaged is None or key in self._averaged):
+            is_number = mean.is_floating_point() or mean.is_complex()
+            if is_number and (self._averaged is None or key in self._averaged):
                 mean.lerp_(value, coefficient / self._total)
 
     def has_changed(self, key: str) -> bool:
@@ -143,6 +144,7 @@ def first_not_finite(tensors: Weights, keys: Collection[str]) -> str | None:
     A finite sum shows that all values are finite, at 40 times the speed of isfinite() (one CPU thread, torch 2.15).
     """
     for key, value in tensors.items():
+        value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         if not value.is_floating_point() or key not in keys:
             continue
         total = value.sum(dtype=torch.float64 if value.dtype == torch.float64 else torch.float32).item()

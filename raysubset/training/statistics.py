@@ -113,7 +113,8 @@ def gram_matrices(
 
     A convolution's inputs are the patches that its filters see, one row per position; each of its groups has its own
     matrix. A bias is the weight of one more input, the last, that is always 1. The network is in evaluation mode,
-    without augmentation, and is left as it was. Layers whose forward() is not called, as in attention, have no matrix.
+    without augmentation, and is left as it was. Layers whose forward() is not called, as in attention, have no matrix,
+    nor have those whose weight or bias is computed from other parameters, as by weight_norm().
     num_examples and seed are those of diagonal_fisher().
 
     Returns:
@@ -128,7 +129,11 @@ def gram_matrices(
             gram = rows @ rows.mT
             grams[layer] = grams[layer] + gram if layer in grams else gram
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and {"weight", "bias"} <= module._parameters.keys()
+    ]
     batches = _sampled_batches(model, examples, recipe, num_examples, seed)  # may call the model: no hooks yet
     hooks = [layer.register_forward_pre_hook(add) for layer in layers]
     num_used = 0

@@ -1,6 +1,5 @@
 """Traces the permutation structure of a network: which units may change places, and what moves with them."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from raysubset.aggregation.alignment.unit_tracer import FIXED, Axis, Layer, UnitTracer, refusal
 from raysubset.errors import first_line
+from raysubset.models import copied
 from raysubset.tasks import Spec
 from raysubset.training import Weights
 
@@ -88,7 +88,7 @@ def trace_units(model: nn.Module, spec: Spec) -> UnitStructure:
     """
     if spec.num_values is not None:
         raise refusal("its inputs are tokens, and nothing is known of embeddings")
-    model = copy.deepcopy(model).to("cpu", torch.float64).eval()
+    model = copied(model).to("cpu", torch.float64).eval()
     network = fx.GraphModule(model, _graph(model))
     _randomize(model)
     generator = torch.Generator().manual_seed(0)

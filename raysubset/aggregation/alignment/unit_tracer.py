@@ -178,6 +178,8 @@ class UnitTracer:
     def _layer(self, kind: str, x: Units, layer: Any, out: Tensor) -> Units | None:
         """Return the units of the output of a module, or of a function with a layer's arguments; None if unknown."""
         tensors: Any = [getattr(layer, name, None) for name in ("weight", "bias", "running_mean", "running_var")]
+        if any(isinstance(tensor, Tensor) and id(tensor) not in self._names for tensor in tensors):
+            return None  # computed from parameters, as by spectral norm's hook
         weight, bias, mean, variance = tensors
         dims, last = x.dims(), x.of.ndim - 1
         if kind == "linear":
