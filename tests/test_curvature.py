@@ -127,6 +127,16 @@ def test_a_frozen_bias_stays_and_weights_are_regressed_given_it():
     assert torch.equal(merged["1.bias"], bias)
 
 
+def test_a_layer_that_gets_its_input_by_name_has_the_same_gram_matrix():
+    class ByName(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return self[1](input=self[0](input))
+
+    layers, data = (nn.Flatten(), nn.Linear(9, 2)), regression(0, 5)[0]
+    grams = [gram_matrices(kind(*layers), data, RECIPE)[0] for kind in (nn.Sequential, ByName)]
+    assert same_bits(*grams)
+
+
 def test_layers_whose_weight_is_computed_from_others_have_no_gram_matrix_and_are_averaged():
     for norm in (nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm):
         model = nn.Sequential(nn.Flatten(), norm(nn.Linear(9, 4)), nn.Linear(4, 2))

@@ -83,7 +83,7 @@ class Counting(nn.Module):
         else:
             self.num = self.num + 1
             self.mean = 0.9 * self.mean + 0.1 * outputs.detach().mean(0)
-        return outputs - self.mean
+        return outputs if self.in_place else outputs - self.mean
 
 
 def of_layers(kind: str) -> nn.Module:

@@ -33,7 +33,7 @@ def forward_of_all(network: nn.Module) -> Forward:
     The network itself is left alone. If vmap cannot run it, the first call raises torch's RuntimeError.
     """
     network = copy.deepcopy(network).train()
-    if (folded := _folded(copy.deepcopy(network))) is not None:
+    if (folded := _folded(network)) is not None:
         return lambda tensors, images: functional_call(folded, dict(tensors), (images,))
 
     def forward_of_one(tensors: dict[str, Tensor], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,19 +56,21 @@ def forward_of_all(network: nn.Module) -> Forward:
 
 
 def _folded(network: nn.Module) -> nn.Module | None:
-    """Return the network on [N, K, C, H, W] and [N, K, F], its layers changed in place; None if a part is unknown.
+    """Return a copy of the network on [N, K, C, H, W] and [N, K, F]; None if a part is unknown.
 
     A graph lacks what forward() itself does to buffers, which happens while it is traced.
     """
     if _has_hooks(network):  # a graph lacks those of the whole network
         return None
-    buffers = [(buffer, buffer._version) for buffer in network.buffers()]
+    tried = copy.deepcopy(network)
     try:
-        traced = fx.symbolic_trace(network)
+        traced = fx.symbolic_trace(tried)
     except Exception:  # tracing runs the user's forward() on stand-ins, which may raise anything
         return None
-    after = zip(buffers, network.buffers(), strict=True)
-    if not all(now is buffer and now._version == version for (buffer, version), now in after):
+    buffers = dict(tried.named_buffers())
+    if not all(
+        isinstance(buffers[name], Tensor) and torch.equal(buffers[name], old) for name, old in network.named_buffers()
+    ):
         return None
     if not all(_fold(node, traced) for node in traced.graph.nodes):
         return None

@@ -124,8 +124,8 @@ def gram_matrices(
     start_s = time.perf_counter()
     grams: dict[nn.Module, Tensor] = {}
 
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        for rows in _rows(layer, inputs[0]):
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        for rows in _rows(layer, inputs[0] if inputs else named["input"]):
             gram = rows @ rows.mT
             grams[layer] = grams[layer] + gram if layer in grams else gram
 
@@ -135,7 +135,7 @@ def gram_matrices(
         if isinstance(module, nn.Linear | nn.Conv2d) and {"weight", "bias"} <= module._parameters.keys()
     ]
     batches = _sampled_batches(model, examples, recipe, num_examples, seed)  # may call the model: no hooks yet
-    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(add, with_kwargs=True) for layer in layers]
     num_used = 0
     try:
         with evaluation_mode(model), torch.no_grad():
