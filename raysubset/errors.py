@@ -48,6 +48,7 @@ def one_line(error: BaseException) -> str:
     lines, place = _lines(cause), place_of(cause)
     is_full = is_of_full_card(cause)
     text = lines[0] if lines else "no message"
+    text = lines[-1] if "error raised in its creation task" in text else text  # Ray's: what was raised stands last
     text = text.partition(" Including")[0] if is_full else text  # what follows is about torch's allocator
     line = f"{type(cause).__name__}: {text}"[:_MOST_CHARACTERS]
     line = line if not place or _NOTE in line else f"{line}; {place}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from ray import cloudpickle
-from ray.exceptions import OutOfMemoryError, RayTaskError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 
 from raysubset.data import Examples
 from raysubset.errors import counted, note_place, one_line, place_of, with_article
@@ -50,6 +50,13 @@ def test_the_place_goes_with_an_error_to_another_process_and_is_told_once():
     assert there.cause.__traceback__ is None
     assert one_line(there) == expected
     assert one_line(ValueError(f"data.name = 'net:load' raised {expected}")).count("see ") == 1
+
+
+def test_of_an_actor_that_could_not_be_made_what_was_raised_is_told():
+    raised = RayTaskError(
+        "Net.__init__", "Traceback (most recent call last):\nImportError: no net", ImportError("no net")
+    )
+    assert one_line(ActorDiedError(raised)) == "ActorDiedError: ImportError: no net"
 
 
 def test_a_full_card_is_told_with_the_way_out_also_where_a_users_function_fills_it():
