@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raysubset import Config
 from raysubset.aggregation import Aggregation, RunningMean
 from raysubset.data import FullSet, load_full_set
-from raysubset.models import new_model, num_parameters
+from raysubset.models import copied, new_model, num_parameters
 from raysubset.planning import make_plan
 from raysubset.report import sections
 from raysubset.run_directory import (
@@ -35,6 +35,7 @@ from raysubset.run_directory.ledger import Ledger
 from raysubset.subsets import overdetermination_ratio
 from raysubset.tasks import Spec
 from raysubset.training import Cost, Measure, Progress, Weights, evaluate
+from raysubset.training.optimizers import make_optimizer
 from raysubset.work import (
     AggregatePiece,
     Minimizer,
@@ -248,6 +249,26 @@ def test_a_network_with_a_hook_on_a_gradient_is_built_anew_as_a_copy_would_lack_
         model(torch.ones(1, 1, 8, 8)).sum().backward()
         has_gradient = [bool(p.grad is not None and p.grad.any()) for p in model.parameters()]
         assert has_gradient == [False, True]  # weight and bias
+
+
+def test_parameters_keep_the_attributes_by_which_a_users_optimizer_knows_them(full_set, tmp_path, monkeypatch):
+    (tmp_path / "marked_nets.py").write_text(
+        "from torch import nn\n"
+        "from torch.optim import SGD\n"
+        "def marked(spec):\n"
+        "    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+        "    network[1].weight.is_slow = True\n"
+        "    return network\n"
+        "def make(parameters, recipe):\n"
+        "    return SGD([{'params': [p], 'lr': 0.01 if hasattr(p, 'is_slow') else 0.1} for p in parameters])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {"model.name": "marked_nets:marked", "minimize.optimizer": "marked_nets:make", "model.norm": "batch"}
+    config = CONFIG.with_overrides(names)
+    start, networks = new_model(config.model, full_set).state_dict(), Networks()
+    for _ in range(2):
+        model = copied(networks.placed(config, full_set, start, torch.device("cpu")))
+        assert [group["lr"] for group in make_optimizer(model, config.minimize).param_groups] == [0.01, 0.1]
 
 
 def one_round(config: Config, full_set: FullSet, directory: RunDirectory) -> tuple[Aggregation, float]:

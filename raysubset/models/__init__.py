@@ -7,6 +7,7 @@ from raysubset.models.building import Described, architecture, build_model, new_
 from raysubset.models.properties import (
     averaged_names,
     copied,
+    deep_copy,
     generators_restored,
     has_batch_norm,
     has_dropout,

@@ -4,6 +4,7 @@ import copy
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ def copied(model: nn.Module) -> nn.Module:
     Hooks on parameters' gradients are left out.
     """
     try:
-        return copy.deepcopy(model)
+        return deep_copy(model)
     except Exception:  # a user's attribute may raise anything
         shared = {}
         for module in model.modules():
@@ -104,7 +105,18 @@ def copied(model: nn.Module) -> nn.Module:
                         copy.deepcopy(value)
                     except Exception:  # likewise
                         shared[id(value)] = value
-        return copy.deepcopy(model, shared)
+        return deep_copy(model, shared)
+
+
+def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return copy.deepcopy(model, memo), with what torch leaves out: attributes that the user gave parameters.
+
+    By them, an optimizer of the user's can tell parameters apart.
+    """
+    copy_of_model = copy.deepcopy(model, memo)
+    for parameter, its_copy in zip(model.parameters(), copy_of_model.parameters(), strict=True):
+        vars(its_copy).update(vars(parameter))
+    return copy_of_model
 
 
 @contextmanager

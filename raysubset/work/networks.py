@@ -1,6 +1,5 @@
 """Networks: a process's cache of networks, because building one for each piece of work takes long."""
 
-import copy
 from contextlib import suppress
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from raysubset.config import Config
 from raysubset.data import FullSet
-from raysubset.models import hooked_parameter
+from raysubset.models import deep_copy, hooked_parameter
 from raysubset.training import Weights, place
 from raysubset.work.starting import random_model
 
@@ -66,5 +65,5 @@ class Networks:
             self._networks.append(random_model(config, full_set))
         if hooked_parameter(self._networks[0]) is None:
             with suppress(Exception):  # a user's attribute may raise anything
-                return copy.deepcopy(self._networks[0])
+                return deep_copy(self._networks[0])
         return self._networks.pop()
