@@ -1,6 +1,7 @@
 """What is decided from what a cluster has, or says that it can start."""
 
 import re
+import signal
 import socket
 import sys
 import threading
@@ -201,6 +202,56 @@ def test_a_node_started_ahead_is_the_one_connected_to_and_goes_with_the_connecti
             pass
         psutil.wait_procs([ahead])  # while what follows goes on
     assert num_keepers == [1]
+
+
+@pytest.fixture
+def rays(monkeypatch: pytest.MonkeyPatch, keeper: Callable[[str], None]) -> list[str]:
+    """The calls of ray.init() and ray.shutdown(), which connect to nothing."""
+    calls: list[str] = []
+
+    def init(**_: Any) -> None:
+        calls.append("init")
+        signal.signal(signal.SIGTERM, lambda *_: None)  # as Ray does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: calls[-1:] == ["init"])
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    keeper("import sys; print('x://', flush=True); sys.stdin.read()")  # nobody watches the head of such an address
+    return calls
+
+
+def test_threads_share_a_connection_which_the_last_one_ends(rays: list[str]) -> None:
+    first_has_left, other_is_in = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with connected(ClusterConfig(num_cpus=1)):
+            other_is_in.set()
+            first_has_left.wait(20)
+            seen.append(list(rays))
+
+    seen: list[list[str]] = []
+    thread = threading.Thread(target=other)
+    with connected(ClusterConfig(num_cpus=1)):
+        thread.start()
+        assert other_is_in.wait(20)
+    first_has_left.set()
+    thread.join()
+    assert seen == [["init"]]
+    assert rays == ["init", "shutdown"]
+    assert keepers() == []
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
+def test_the_callers_handler_of_sigterm_is_there_again(
+    rays: list[str], handler: Any, request: pytest.FixtureRequest
+) -> None:
+    old = signal.signal(signal.SIGTERM, handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, old))
+    with connected(ClusterConfig(num_cpus=1)):
+        is_callers = signal.getsignal(signal.SIGTERM) is handler
+        assert is_callers == (handler is not signal.SIG_DFL)  # which would leave nothing in order
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert rays == ["init", "shutdown"]
 
 
 @pytest.mark.usefixtures("keeper")

@@ -8,7 +8,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import ray
@@ -32,24 +34,53 @@ OWN_HEAD_S, HEAD_S = 5.0, 45.0  # our own head does not come back; another may b
 def connected(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterator[None]:
     """Connect to Ray: to the address, the cluster that this job was submitted to, or a new one on this machine.
 
-    An existing connection is used and stays open. A new local cluster ends with the block, and with this process.
+    An existing connection is used and stays open. A new local cluster ends with the block, and with this process. If
+    several threads are connected at once, the last one's block ends it.
 
     Raises:
         ValueError: if nothing answers at the address, it asks for a token that this process does not have, or this
             process is connected to another cluster.
     """
-    with reached(config):
-        if ray.is_initialized():
-            yield
-            return
-        tell(Waiting("Ray starts on this machine"))
-        with started_ahead(config):
-            node = _nodes_ahead.pop(config)
-            try:
-                with _connection(node.address(), head_s=OWN_HEAD_S):
-                    yield
-            finally:
-                node.close()
+    with reached(config), _shared(partial(_new_cluster, config, tell)):
+        yield
+
+
+_lock = threading.RLock()  # of what follows; reentrant, as a listener that is told may call anything
+_opened = contextlib.ExitStack()  # the connection of this process that its commands opened, if they did
+_num_users = 0  # blocks, of any thread, that need this process's connection
+
+
+@contextlib.contextmanager
+def _shared(connection: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Keep this process connected to Ray for the block: as it is already, or by entering the connection.
+
+    A connection that was entered is left when no thread needs it any more.
+    """
+    global _num_users
+    with _lock:
+        if not ray.is_initialized():
+            _opened.enter_context(connection())
+        _num_users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_users -= 1
+            if not _num_users:
+                _opened.close()
+
+
+@contextlib.contextmanager
+def _new_cluster(config: ClusterConfig, tell: OnEvent) -> Iterator[None]:
+    """Connect to a cluster of one node that ends with the block."""
+    tell(Waiting("Ray starts on this machine"))
+    with started_ahead(config):
+        node = _nodes_ahead.pop(config)
+        try:
+            with _connection(node.address(), head_s=OWN_HEAD_S):
+                yield
+        finally:
+            node.close()
 
 
 _nodes_ahead = dict[ClusterConfig, OwnNode]()
@@ -80,13 +111,18 @@ def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterat
 
     So a wrong address is reported before anything is written.
     """
-    if ray.is_initialized():
+    address = _address(config)
+    if not (address or ray.is_initialized()):
+        yield
+        return
+    with _shared(partial(_reached, config, address, tell) if address else partial(_new_cluster, config, tell)):
         _refuse_other_cluster(config.address)
         yield
-        return
-    if not (address := _address(config)):
-        yield
-        return
+
+
+@contextlib.contextmanager
+def _reached(config: ClusterConfig, address: str, tell: OnEvent) -> Iterator[None]:
+    """Connect to the cluster at the address for the length of the block."""
     shown_address = shown(address).rpartition("@")[2]  # RAY_ADDRESS is not checked, and may hold a secret
     tell(Waiting(f"connecting to Ray at {shown_address}"))
     with contextlib.ExitStack() as stack:
@@ -114,8 +150,10 @@ def _address(config: ClusterConfig) -> str | None:
 @contextlib.contextmanager
 def _connection(address: str, *, head_s: float) -> Iterator[None]:
     """Keep a connection of ray.init() for the length of the block. A head that is lost for head_s ends the process: see
-    watch_head()."""
+    watch_head(). SIGTERM's default ends the process without leaving blocks; Ray's handler, which leaves them, stands in
+    for it until the block ends."""
     start_s, stop = time.perf_counter(), threading.Event()
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         _init(address)
         log.info("connected to Ray in %.1f s", time.perf_counter() - start_s)
@@ -129,6 +167,8 @@ def _connection(address: str, *, head_s: float) -> Iterator[None]:
     finally:
         stop.set()
         ray.shutdown()
+        if handler is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _init(address: str) -> None:
@@ -146,7 +186,7 @@ def _init(address: str) -> None:
     except SystemExit as stopped:
         raise KeyboardInterrupt from stopped
     finally:
-        if callable(handler) and threading.current_thread() is threading.main_thread():
+        if handler not in (signal.SIG_DFL, None) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
 

@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from raysubset.config import nearest
@@ -14,7 +15,7 @@ from raysubset.user_code.source_files import search_here
 
 _GUARD = 'under `if __name__ == "__main__":`'
 
-_imported: list[str] = []  # the user's modules that are being imported, the innermost last
+_imported = ContextVar[str]("imported", default="")  # the user's module that this thread is importing
 
 
 def call_function(field: str, reference: str, *arguments: Any) -> Any:
@@ -46,7 +47,7 @@ def load_function(field: str, reference: str) -> Callable[..., Any]:
             f"into a file of its own, such as network.py, and name network:{name}, or give run() the object itself"
         )
     search_here()
-    _imported.append(module_name)
+    token = _imported.set(module_name)
     try:
         with in_a_line(field, reference):
             module = importlib.import_module(module_name)
@@ -57,7 +58,7 @@ def load_function(field: str, reference: str) -> Callable[..., Any]:
             raise ValueError(text) from missing
         raise
     finally:
-        _imported.pop()
+        _imported.reset(token)
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(
@@ -73,9 +74,9 @@ def refuse_import(what: str) -> None:
     Raises:
         ValueError: if a module is being imported: its script has no main guard.
     """
-    if _imported:
+    if module := _imported.get():
         raise _NoMainGuard(
-            f"{_imported[-1]} calls {what} when it is imported, as every actor does for a function of it: put the call "
+            f"{module} calls {what} when it is imported, as every actor does for a function of it: put the call "
             f"{_GUARD}"
         )
 

@@ -5,6 +5,7 @@ The objects live in memory only. Their digests are all that is written, and whoe
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,31 +39,35 @@ class Given:
         return Given({name: value for name, value in self.objects.items() if name != GIVEN_DATA}, self.fingerprints)
 
 
-_held = Given()
+_held = ContextVar[Given]("held")  # in a holding() block, of its thread alone: others may run with other objects
+_held_by_process = Given()  # in all other threads
 
 
 def held_objects() -> Given:
-    """Return the objects that this process holds."""
-    return _held
+    """Return the objects that this thread holds."""
+    return _held.get(_held_by_process)
 
 
 def hold(given: Given) -> None:
-    """Hold these objects in this process from now on. For processes that work for another."""
-    global _held
-    _held = given
+    """Hold these objects in this process from now on; in a holding() block, in this thread until the block ends."""
+    global _held_by_process
+    if _held.get(None) is None:
+        _held_by_process = given
+    else:
+        _held.set(given)
 
 
 @contextlib.contextmanager
 def holding(given: Given) -> Iterator[None]:
     """Hold these objects too, for the length of the block."""
-    previous = _held
+    previous = held_objects()
     objects, fingerprints = {**previous.objects, **given.objects}, {**previous.fingerprints, **given.fingerprints}
     load = None if given.objects else previous.load  # new objects are not in what is already put for other processes
-    hold(Given(objects, fingerprints, load))
+    token = _held.set(Given(objects, fingerprints, load))
     try:
         yield
     finally:
-        hold(previous)
+        _held.reset(token)
 
 
 def is_given(reference: str) -> bool:
@@ -72,7 +77,7 @@ def is_given(reference: str) -> bool:
 
 def is_instance(reference: str) -> bool:
     """Return True if the name stands for an existing object, such as a network with its weights, and not a function."""
-    return isinstance(_held.objects.get(reference), Instance)
+    return isinstance(held_objects().objects.get(reference), Instance)
 
 
 def given_object(field: str, reference: str) -> Callable[..., Any]:
@@ -81,16 +86,16 @@ def given_object(field: str, reference: str) -> Callable[..., Any]:
     Raises:
         ValueError: if this process does not hold it.
     """
-    if reference not in _held.objects:
+    if reference not in held_objects().objects:
         argument = field.partition(".")[0]
         raise ValueError(
             f"{field} = {reference!r} stands for an object that a Python program gave: give it again, "
             f"{argument}=…, beside the config"
         )
-    return _held.objects[reference]
+    return held_objects().objects[reference]
 
 
 def given_fingerprint(field: str, reference: str) -> pa.Table:
     """Return the digests of a network or a task. Data have none here: they are known by what is read of them."""
     given_object(field, reference)
-    return _held.fingerprints[reference]
+    return held_objects().fingerprints[reference]
