@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from raysubset.config import Config
 from raysubset.errors import with_article
-from raysubset.models import copied, hooked_parameter, unwrapped
+from raysubset.models import copied, hooked_parameter, torch_as_new, unwrapped
 from raysubset.tasks import Task
 from raysubset.user_code.given import PREFIX, Given, Instance, holding, is_given
 from raysubset.user_code.object_digests import importable, object_fingerprint
@@ -24,7 +24,10 @@ _UNNAMED = Config()  # has the default names
 
 
 def accepts_objects(function: Callable[P, T]) -> Callable[P, T]:
-    """Wrap a function of a config so that it accepts data, model and task as objects, which it holds by name."""
+    """Wrap a function of a config so that it accepts data, model and task as objects, which it holds by name.
+
+    It computes as a new process does, whatever the caller has set in torch.
+    """
 
     @functools.wraps(function)
     def call(config: Config, *arguments: Any, data: Any = None, model: Any = None, task: Any = None, **more: Any) -> T:
@@ -33,7 +36,7 @@ def accepts_objects(function: Callable[P, T]) -> Callable[P, T]:
                 f"config is {with_article(config)}: give a raysubset.Config, such as "
                 'Config().with_overrides({"minimize.epochs": 4.0})'
             )
-        with hold_objects(config, data=data, model=model, task=task) as config:
+        with torch_as_new(), hold_objects(config, data=data, model=model, task=task) as config:
             return function(config, *arguments, **more)  # pyright: ignore[reportCallIssue]
 
     return call  # pyright: ignore[reportReturnType]

@@ -20,7 +20,7 @@ from raysubset import fingerprints
 from raysubset.comparison.checks import checked_arms
 from raysubset.config import Config
 from raysubset.data import load_full_set
-from raysubset.objects_in_hand import hold_objects
+from raysubset.objects_in_hand import accepts_objects, hold_objects
 from raysubset.pipeline import run
 from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
@@ -31,7 +31,7 @@ from raysubset.user_code.object_digests import object_fingerprint
 from raysubset.user_code.source_files import Workplace
 from raysubset.work import seeded_model
 from raysubset.work.identity import identify
-from tests.tiny import same_bits, weights
+from tests.tiny import default_dtype, same_bits, weights
 
 DRAWS = np.random.default_rng(0)
 ARRAYS = {"inputs": DRAWS.normal(size=(80, 4)).astype(np.float32), "target": DRAWS.normal(size=80)}
@@ -145,6 +145,43 @@ def test_two_objects_of_one_name_stay_two():
     with hold_objects(config_of(**{"task.name": "auto"}), model=network, task=task) as config:
         assert held_objects().objects[config.model.name] is network
         assert held_objects().objects[config.task.name] is task
+
+
+def test_threads_that_hold_objects_of_one_name_at_once_have_their_own():
+    both_hold = threading.Barrier(2, timeout=20)
+    widths = {}
+
+    def hold_one(width: int) -> None:
+        with hold_objects(config_of(), model=nn.Linear(4, width)) as config:
+            both_hold.wait()
+            widths[width] = held_objects().objects[config.model.name]().out_features
+            both_hold.wait()
+
+    other = threading.Thread(target=hold_one, args=(1,))
+    other.start()
+    hold_one(2)
+    other.join()
+    assert widths == {1: 1, 2: 2}
+    assert not held_objects().objects
+
+
+@pytest.mark.parametrize(
+    "of_caller",
+    [torch.inference_mode, torch.no_grad, partial(torch.device, "meta"), partial(default_dtype, torch.float64)],
+)
+def test_what_the_caller_has_set_in_torch_changes_nothing_and_stays(of_caller):
+    @accepts_objects
+    def plan(config: Config, *, data: Any = None) -> nn.Module:
+        full_set = load_full_set(*config.learned)
+        make_plan(config, full_set)
+        return seeded_model(config, full_set)
+
+    with of_caller():
+        before = torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        model = plan(config_of(), data=ARRAYS)
+        assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+    model(torch.zeros(2, 4)).sum().backward()
+    assert same_bits(weights(model), weights(plan(config_of(), data=ARRAYS)))
 
 
 def test_what_a_module_has_is_named_by_it():

@@ -13,6 +13,7 @@ from raysubset.run_directory import MODEL_RECORD_PATH, RunDirectory
 from raysubset.tasks import Classification, ImageInputs, Spec
 from raysubset.trained_model import ModelRecord, TrainedModel, save_model
 from raysubset.trained_model.model import GRAPH_PATH
+from tests.tiny import default_dtype
 
 CONFIG = ModelConfig(name="cnn", width=4, depth=1)
 SHAPE, MEAN, STD = (6, 5, 3), (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
@@ -100,6 +101,25 @@ def test_images_of_another_type_are_refused_and_floats_are_taken_as_the_networks
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"holds no model\.json"):
         load_model(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "caller", [torch.inference_mode, lambda: torch.device("meta"), lambda: default_dtype(torch.float64)]
+)
+def test_a_model_is_loaded_alike_whatever_the_caller_has_set_in_torch(run: RunDirectory, caller: Any):
+    images = torch.rand(3, 3, 6, 5)
+    with caller():
+        model = load_model(Path(run.uri))  # pyright: ignore
+    assert torch.equal(model(images), load_model(run.uri)(images))
+    model(images).sum().backward()
+
+
+def test_a_model_that_was_on_the_meta_device_has_its_scaling_again(run: RunDirectory):
+    images, model = torch.rand(3, 3, 6, 5), load_model(run.uri)
+    expected, weights = model(images), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    again = model.to("meta").to_empty(device="cpu")
+    again.load_state_dict(weights)
+    assert torch.equal(again(images), expected)
 
 
 def test_nothing_is_unpickled_nor_imported(run: RunDirectory, users_run: RunDirectory, monkeypatch: pytest.MonkeyPatch):

@@ -272,3 +272,13 @@ def between_instructions(question: Callable[[], Any], of: Callable[..., Any], ac
             answers.append(question())
         acts_at += 1
     return answers[:-1]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set torch's default type for the block."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)

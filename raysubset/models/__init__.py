@@ -16,6 +16,7 @@ from raysubset.models.properties import (
     modes_restored,
     modules_in_training,
     num_parameters,
+    torch_as_new,
     trainable_names,
 )
 from raysubset.models.users import needs_default_layout, unwrapped

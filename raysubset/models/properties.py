@@ -3,10 +3,11 @@
 import copy
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 
@@ -117,6 +118,21 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module
     for parameter, its_copy in zip(model.parameters(), copy_of_model.parameters(), strict=True):
         vars(its_copy).update(vars(parameter))
     return copy_of_model
+
+
+@contextmanager
+def torch_as_new() -> Iterator[None]:
+    """Have torch behave in the block as in a new process, such as an actor: float32, on the CPU, with gradients.
+
+    The caller's default type and device, inference mode and no_grad() are restored after it.
+    """
+    dtype, is_on_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
+    with torch.inference_mode(False), torch.enable_grad(), nullcontext() if is_on_cpu else torch.device("cpu"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 @contextmanager

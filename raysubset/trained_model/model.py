@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from raysubset.config import ModelConfig
 from raysubset.errors import first_line
 from raysubset.events import Note
-from raysubset.models import new_model
+from raysubset.models import new_model, torch_as_new
 from raysubset.objects_in_hand import hold_objects_of
 from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
@@ -85,24 +85,28 @@ class TrainedModel(nn.Module):
         self.inputs = getattr(task, "inputs", None)
         if isinstance(self.inputs, ImageInputs):
             self.image_shape = self.inputs.image_shape  # (H, W, C)
+        for name, values in self._scaling().items():
+            self.register_buffer(name, values, persistent=False)
+
+    def _scaling(self) -> dict[str, Tensor]:
+        """Return the scaling of inputs and outputs, as the record has it."""
         scaling = {}
         if self.inputs is not None and self.spec.num_values is None:
             scaling["mean"], scaling["std"] = self.inputs.scaling()
-        if isinstance(task, Regression):
-            scaling["target_mean"], scaling["target_std"] = task.scaling_of_outputs()
-        for name, values in scaling.items():
-            self.register_buffer(name, values, persistent=False)
+        if isinstance(self.record.task, Regression):
+            scaling["target_mean"], scaling["target_std"] = self.record.task.scaling_of_outputs()
+        return scaling
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the network, and move its scaling: half precision would round it, and MPS refuses float64."""
+        """Move or cast the network, and take its scaling anew: half precision would round it, MPS refuses float64, and
+        the meta device forgets it."""
         scaling, self._buffers = self._buffers, {}
         try:
             super()._apply(fn, recurse)
         finally:
             self._buffers = scaling
         to = next(self.network.parameters())
-        for name, values in scaling.items():
-            assert values is not None
+        for name, values in self._scaling().items():
             wide = torch.promote_types(values.dtype, to.dtype)
             self._buffers[name] = values.to(to.device, torch.float32 if to.device.type == "mps" else wide)
         return self
@@ -243,7 +247,12 @@ def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord
 
 
 def load_model(
-    path: str, *, device: str | torch.device = "cpu", trust_code: bool = False, model: Any = None, task: Any = None
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    trust_code: bool = False,
+    model: Any = None,
+    task: Any = None,
 ) -> TrainedModel:
     """Load the final model of a run, in evaluation mode.
 
@@ -261,7 +270,7 @@ def load_model(
     Raises:
         ValueError: if there is no finished run, it is damaged or of a newer version, or its network needs code.
     """
-    directory = RunDirectory.at(path)
+    directory = RunDirectory.at(os.fspath(path))
     if not directory.exists(MODEL_RECORD_PATH):
         raise ValueError(
             f"{directory.uri} holds no {MODEL_RECORD_PATH}: it is no run directory, or one that is not finished: give "
@@ -270,7 +279,7 @@ def load_model(
     tree = directory.read_json(MODEL_RECORD_PATH)
     files = tree.pop("files", None) if isinstance(tree, dict) else None
     files = files if isinstance(files, dict) else {}
-    with hold_objects_of({"model": model, "task": task}, tree):
+    with torch_as_new(), hold_objects_of({"model": model, "task": task}, tree):
         try:
             record = ModelRecord.from_dict(tree, trust_code=trust_code)
         except ValueError as error:
