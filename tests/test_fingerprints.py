@@ -1,3 +1,4 @@
+import importlib
 import os
 import re
 import shutil
@@ -19,8 +20,9 @@ from raysubset.errors import ChangedFile, listed
 from raysubset.fingerprints import MOST_NAMED, Entry, Identity, changes, digest, entries, fingerprint
 from raysubset.pipeline import run
 from raysubset.run_directory import IDENTITY_PATH, REPORT_PATH, CorruptFile, RunDirectory
+from raysubset.user_code import source_files
 from raysubset.user_code.functions import load_function
-from raysubset.user_code.source_files import Workplace, at, code_fingerprint, held_code
+from raysubset.user_code.source_files import Workplace, at, code_fingerprint, code_in_use, held_code
 from raysubset.work.identity import identify, places_notes
 from tests.test_report import a_record
 
@@ -62,7 +64,8 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes modules into a folder that is worked in."""
+    """Writes modules into a folder that is worked in, by a process that has imported none of the name."""
+    monkeypatch.setattr(source_files, "_first_read", {})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -317,11 +320,27 @@ def project(modules) -> Path:
 
 
 def finish(config: Config) -> RunDirectory:
-    """Leave what tells that a run of the config is done."""
+    """Leave what tells that a run of the config is done, by a process that is gone."""
     directory = RunDirectory(config.storage_path, config.run_name())
     directory.open(config.to_dict(), {}, identify([config], {}, None))
     directory.write_json(REPORT_PATH, a_record() | {"name": "r", "files": {}})
+    source_files._first_read.clear()
     return directory
+
+
+def test_code_that_changed_since_its_import_is_refused_until_it_is_imported_again(project):
+    first = code_in_use("net:make")
+    load_function("model.name", "net:make")
+    (project / "layers.py").write_text("width = 8")
+    told = r"layers.py changed since this process imported it, .* call importlib.reload\(layers\)"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=told):
+            code_in_use("net:make")
+    importlib.reload(sys.modules["layers"])
+    assert changes(first, code_in_use("net:make")) == ["code changed: layers.py 0 → 9 bytes"[14:]]
+    del sys.modules["layers"]  # another way to import it again
+    (project / "layers.py").write_text("width = 16")
+    code_in_use("net:make")
 
 
 class TestRuns:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from raysubset.fingerprints import Entry, entries, fingerprint, hasher
-from raysubset.user_code.source_files import code_fingerprint
+from raysubset.user_code.source_files import code_in_use
 
 _NOT_CODE = (
     *("__dict__", "__weakref__", "__module__", "__doc__"),
@@ -39,7 +39,7 @@ def object_fingerprint(name: str, value: Any) -> pa.Table:
     if digester.tensors.num_bytes:
         digests.append(Entry(f"{name}'s tensors", digester.tensors.num_bytes, digester.tensors.hash.hexdigest()))
     for module in sorted(digester.modules):
-        digests += entries(code_fingerprint(f"{module}:")).values()
+        digests += entries(code_in_use(f"{module}:")).values()
     return fingerprint(digests)
 
 

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -34,6 +35,31 @@ def code_fingerprint(reference: str) -> pa.Table:
     files = source_files(reference.partition(":")[0])
     contents = ((name, path.read_bytes()) for name, path in files.items())
     return fingerprint(Entry(name, len(data), hasher(data).hexdigest()) for name, data in contents)
+
+
+_first_read: dict[str, tuple[str, ModuleSpec | None]] = {}  # by module: its file's digest, and how it was imported
+
+
+def code_in_use(reference: str) -> pa.Table:
+    """Return code_fingerprint() for a driver, which imports a module once, while its actors import it anew.
+
+    Raises:
+        ValueError: if a file changed after this process imported it, as may happen in a notebook.
+    """
+    table = code_fingerprint(reference)
+    for name, entry in entries(table).items():
+        module = name.partition(".")[0].removesuffix("/__init__").replace("/", ".")
+        spec = getattr(sys.modules.get(module), "__spec__", None)  # another one after importlib.reload()
+        digest, old_spec = _first_read.get(module, (entry.digest, spec))
+        if spec is None or (old_spec is not None and old_spec is not spec):
+            digest = entry.digest
+        _first_read[module] = digest, spec
+        if digest != entry.digest:
+            raise ValueError(
+                f"{name} changed since this process imported it, and actors would import what it holds now: call "
+                f"importlib.reload({module}) and take from it anew what you give, or restart Python"
+            )
+    return table
 
 
 def source_files(module: str) -> dict[str, Path]:
@@ -72,18 +98,17 @@ def search_here() -> None:
         sys.path.insert(0, here)
 
 
-_in_use: Mapping[str, pa.Table] = {}
+_in_use = ContextVar[Mapping[str, pa.Table]]("in_use", default={})  # noqa: B039  # nothing is put into it
 
 
 @contextmanager
 def held_code(fingerprints: Mapping[str, pa.Table]) -> Iterator[None]:
-    """Have this process's workplaces refuse other code in the block, by the code_fingerprint() of each reference."""
-    global _in_use
-    _in_use = fingerprints
+    """Have this thread's workplaces refuse other code in the block, by the code_fingerprint() of each reference."""
+    token = _in_use.set(fingerprints)
     try:
         yield
     finally:
-        _in_use = {}
+        _in_use.reset(token)
 
 
 @dataclass(frozen=True)
@@ -100,7 +125,7 @@ class Workplace:
         """Return this process's workplace."""
         here = os.getcwd()
         folders = [os.path.abspath(path) for path in sys.path if not _is_installed(os.path.realpath(path or here))]
-        return cls(here, tuple(folders), code=_in_use)
+        return cls(here, tuple(folders), code=_in_use.get())
 
     def enter(self) -> None:
         """Change to the directory if this machine has it, search modules as the driver does, and load given objects.

@@ -13,7 +13,7 @@ from raysubset.data import FullSet, file_fingerprint, load_full_set
 from raysubset.events import Note
 from raysubset.fingerprints import Identity
 from raysubset.user_code.given import given_fingerprint, is_given
-from raysubset.user_code.source_files import code_fingerprint, source_files
+from raysubset.user_code.source_files import code_in_use, source_files
 from raysubset.work import weights_fingerprint, weights_name
 
 
@@ -45,7 +45,7 @@ def identify(configs: Iterable[Config], full_sets: dict[Learned, FullSet], old_i
                 if field != "data.name":  # data are known by what was read, even in processes without the object
                     code[reference] = given_fingerprint(field, reference)
             elif reference not in code:
-                code[reference] = code_fingerprint(reference)
+                code[reference] = code_in_use(reference)
                 places |= _code_place(reference.partition(":")[0])
     return Identity(data, code, places)
 
