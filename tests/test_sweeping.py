@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import pickle
 import re
 import threading
@@ -23,7 +24,7 @@ from raysubset.report.sweeps import sweep_command
 from raysubset.run_directory import CONFIG_PATH, REPORT_PATH, SWEEP_PATH, RunDirectory
 from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.sweeping import driver, sweep
-from raysubset.sweeping.driver import _TrialEvents
+from raysubset.sweeping.driver import _quiet_tune, _TrialEvents
 from raysubset.sweeping.lookout import TrialsLookout
 from raysubset.sweeping.plan import (
     Trial,
@@ -507,3 +508,12 @@ def test_mistakes_in_flags_are_one_line_and_exit_code_2(
 def test_a_sweeps_directory_is_reported_as_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["report", a_sweep(tmp_path)]) == 0
     assert "within one standard error of the best: 100 examples" in " ".join(capsys.readouterr().out.split())
+
+
+def test_settings_of_tune_are_a_sweeps_alone_and_the_users_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, users = "TUNE_DISABLE_STRICT_METRIC_CHECKING", "RAY_AIR_NEW_OUTPUT"
+    assert ours not in os.environ  # although the package is imported: this process may use Tune otherwise
+    monkeypatch.setenv(users, "1")
+    with _quiet_tune():
+        assert (os.environ[ours], os.environ[users]) == ("1", "1")
+    assert (os.environ.get(ours), os.environ[users]) == (None, "1")

@@ -12,11 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-# We handle Ctrl-C: Tune would end quietly, as if all were done. Reports between validations lack validation_loss.
-os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output prints tables to stdout at any verbosity
-
 import ray
 from ray import cloudpickle, tune
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
@@ -281,15 +276,28 @@ def _tune(
         return {result.config["trial"]["name"]: one_line(result.error) for result in results if result.error}
 
 
+_TUNE_SETTINGS = {  # in the environment
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # we handle Ctrl-C: Tune would end quietly, as if all were done
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # reports between validations lack validation_loss
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints tables to stdout at any verbosity
+}
+
+
 @contextlib.contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Silence Tune's log, which shows the whole traceback of each failed trial. Tune's error.txt has it."""
+    """Silence Tune's log, which shows the whole traceback of each failed trial. Tune's error.txt has it.
+
+    Settings that the user's environment lacks are set for the block alone: the process may have other uses of Tune.
+    """
     log = logging.getLogger("ray.tune")
-    level = log.level
+    level, lacking = log.level, {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
     log.setLevel(logging.CRITICAL)
+    os.environ.update(lacking)
     try:
         yield
     finally:
+        for name in lacking:
+            os.environ.pop(name, None)
         log.setLevel(level)
 
 
