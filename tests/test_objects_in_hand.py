@@ -26,6 +26,7 @@ from raysubset.planning import make_plan
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Regression, Spec, Task, task_to_dict
 from raysubset.trained_model import ModelRecord, load_model, save_model
+from raysubset.user_code import source_files
 from raysubset.user_code.given import Given, held_objects, hold
 from raysubset.user_code.object_digests import object_fingerprint
 from raysubset.user_code.source_files import Workplace
@@ -275,6 +276,7 @@ def test_changes_of_modules_that_code_in_hand_uses_are_found(tmp_path, monkeypat
     """Its files are what other processes import."""
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setattr(source_files, "_first_read", {})
     (tmp_path / "tools_in_hand").mkdir()
     part = tmp_path / "tools_in_hand" / "part.py"
     part.write_text("def double(x): return 2 * x\n")
@@ -285,6 +287,9 @@ def test_changes_of_modules_that_code_in_hand_uses_are_found(tmp_path, monkeypat
         first = object_fingerprint("f", script["function"])
         assert first == object_fingerprint("f", script["function"])
         part.write_text("def double(x): return 3 * x\n")
+        with pytest.raises(ValueError, match=r"call importlib.reload\(tools_in_hand.part\)"):
+            object_fingerprint("f", script["function"])
+        source_files._first_read.clear()  # as in a later process
         (changed,) = fingerprints.changes(first, object_fingerprint("f", script["function"]))
         assert changed == "tools_in_hand/part.py has other bytes"
     finally:
