@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from raysubset.config import Config
 from raysubset.errors import with_article
-from raysubset.models import copied, hooked_parameter, torch_as_new, unwrapped
+from raysubset.models import copied, lost_in_copies, torch_as_new, unwrapped
 from raysubset.tasks import Task
 from raysubset.user_code.given import PREFIX, Given, Instance, holding, is_given
 from raysubset.user_code.object_digests import importable, object_fingerprint
@@ -123,8 +123,8 @@ def _checked(argument: str, value: Any) -> Any:
         if lazy := [name for name, tensor in (*value.named_parameters(), *value.named_buffers()) if is_lazy(tensor)]:
             text = f"model has parameters without a shape yet ({', '.join(lazy[:3])}{', …' if len(lazy) > 3 else ''})"
             raise ValueError(f"{text}: pass a batch through it first, or give a function that creates it")
-        if name := hooked_parameter(value):
-            text = f"model has a hook on the gradient of {name}, which copies in other processes would lack"
+        if hook := lost_in_copies(value):
+            text = f"model has {hook}, which does not work in copies of it"
             raise ValueError(f"{text}: give a function that creates the network with it")
         return Instance(copied(value).cpu().train(), copied)
     if not callable(value):

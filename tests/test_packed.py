@@ -379,9 +379,10 @@ def test_what_cannot_be_packed_is_told() -> None:
         "compile": MinimizeConfig(compile=True),
     }.items():
         assert words in str(why_not_packed(cnn(), config))
-    hooked = [linear(64), linear(64)]
+    hooked = [linear(64), linear(64), linear(64)]
     next(hooked[0].parameters()).register_hook(lambda gradient: 0 * gradient)
     hooked[1].register_full_backward_hook(lambda *_: None)
+    hooked[2].register_forward_hook(lambda _, inputs, outputs: outputs.add(hooked[2].get_parameter("1.bias")))
     assert all("hooks on gradients" in str(why_not_packed(model, RECIPE)) for model in hooked)
 
 

@@ -251,6 +251,28 @@ def test_a_network_with_a_hook_on_a_gradient_is_built_anew_as_a_copy_would_lack_
         assert has_gradient == [False, True]  # weight and bias
 
 
+def test_a_network_with_a_closure_as_hook_is_built_anew_as_a_copys_would_use_the_first_ones_tensors(
+    full_set, tmp_path, monkeypatch
+):
+    (tmp_path / "scaled_nets.py").write_text(
+        "from torch import nn, ones\n"
+        "class Scaled(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(64, 10))\n"
+        "        self.scale = nn.Parameter(ones(10))\n"
+        "        self[1].register_forward_hook(lambda module, inputs, outputs: outputs * self.scale)\n"
+        "def scaled(spec):\n"
+        "    return Scaled()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = CONFIG.with_overrides({"model.name": "scaled_nets:scaled", "model.norm": "batch"})
+    start, networks = new_model(config.model, full_set).state_dict(), Networks()
+    for _ in range(2):
+        model = networks.placed(config, full_set, start, torch.device("cpu"))
+        model(torch.ones(1, 1, 8, 8)).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
 def test_parameters_keep_the_attributes_by_which_a_users_optimizer_knows_them(full_set, tmp_path, monkeypatch):
     (tmp_path / "marked_nets.py").write_text(
         "from torch import nn\n"

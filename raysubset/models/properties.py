@@ -84,16 +84,26 @@ def _dropout_rate(module: nn.Module) -> float:
     return rate if isinstance(rate, int | float) else 0.0
 
 
-def hooked_parameter(model: nn.Module) -> str | None:
-    """Return the name of a parameter with a hook on its gradient, which no copy of the network would have."""
-    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    return next((name for name, p in model.named_parameters() if any(getattr(p, kind) for kind in hooks)), None)
+def lost_in_copies(model: nn.Module) -> str | None:
+    """Return in words what would not work in a copy of the network; None if all would.
+
+    A copied parameter has no hooks on its gradient, and a copied hook that is a closure uses the first network's
+    tensors.
+    """
+    for name, parameter in model.named_parameters():
+        if any(getattr(parameter, kind) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")):
+            return f"a hook on the gradient of {name}"
+    for name, module in model.named_modules():
+        hooks = (vars(module)[kind] for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks"))
+        if any(getattr(hook, "__closure__", None) for of_kind in hooks for hook in of_kind.values()):
+            return f"a hook of {name or type(module).__name__} that is a closure"
+    return None
 
 
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy of a network, which shares attributes that cannot be copied, such as locks.
 
-    Hooks on parameters' gradients are left out.
+    For hooks, see lost_in_copies().
     """
     try:
         return deep_copy(model)

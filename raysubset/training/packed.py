@@ -14,7 +14,7 @@ from torch.func import vmap
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
 from raysubset.costs import Cost
 from raysubset.data import Examples, even_sizes, joined
-from raysubset.models import has_dropout, hooked_parameter
+from raysubset.models import has_dropout, lost_in_copies
 from raysubset.training.devices import mixed_precision, placed, widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, state_after
@@ -46,8 +46,8 @@ def why_not_packed(model: nn.Module, recipe: MinimizeConfig) -> str | None:
         (recipe.compile, "minimize.compile is for one network"),
         (has_dropout(model), "the network has dropout, whose noise is each subset's own"),
         (
-            hooked_parameter(model) or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules()),
-            "the network has hooks on gradients, which are of one network",
+            lost_in_copies(model) or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules()),
+            "the network has hooks on gradients, or closures as hooks, which are of one network",
         ),
         (
             any(isinstance(module, nn.RNNBase) for module in model.modules()),

@@ -8,7 +8,7 @@ from torch import nn
 
 from raysubset.config import Config
 from raysubset.data import FullSet
-from raysubset.models import deep_copy, hooked_parameter
+from raysubset.models import deep_copy, lost_in_copies
 from raysubset.training import Weights, place
 from raysubset.work.starting import random_model
 
@@ -19,7 +19,7 @@ class Networks:
     Drawing 11 million initial weights that start weights overwrite takes 300 ms of a CPU, copying them 2. Our own
     networks are used again: beside its state dict, a minimization leaves only gradients, frozen flags and modes in
     them. If a user's code handles the network (model, optimizer or objective), each piece gets a copy of an unused one,
-    or a new one if copying fails or would lose hooks on gradients. The state of such a network outside its state dict
+    or a new one if copying fails or would lose hooks. The state of such a network outside its state dict
     is that of the seed "initial", for all rounds and members alike.
     """
 
@@ -63,7 +63,7 @@ class Networks:
     def _copy(self, config: Config, full_set: FullSet) -> nn.Module:
         if not self._networks:
             self._networks.append(random_model(config, full_set))
-        if hooked_parameter(self._networks[0]) is None:
+        if lost_in_copies(self._networks[0]) is None:
             with suppress(Exception):  # a user's attribute may raise anything
                 return deep_copy(self._networks[0])
         return self._networks.pop()
