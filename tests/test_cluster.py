@@ -299,14 +299,19 @@ def test_what_ray_tells_all_drivers_is_a_line_in_the_log_and_nothing_on_stdout(
 ) -> None:
     message = "The node at 10.0.0.7 is dead. It may be (1) SIGKILL. Last 20 lines of the Raylet logs:\n  [state] 0.\n"
 
+    from raysubset.cluster.private_ray import worker
+
+    as_ray_does = worker.print_to_stdstream
+
     def init(**options: Any) -> None:
-        worker = sys.modules["ray._private.worker"]
         worker.print_to_stdstream({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
 
     monkeypatch.setattr(ray, "init", init)
-    connection._init("10.0.0.1:6379")
-    assert caplog.messages == ["Ray: The node at 10.0.0.7 is dead"]
+    with connection._connection("ray://10.0.0.1:10001", head_s=1.0):
+        pass
+    assert "Ray: The node at 10.0.0.7 is dead" in caplog.messages
     assert capsys.readouterr().out == ""
+    assert worker.print_to_stdstream is as_ray_does
 
 
 def test_a_head_or_a_raylet_that_is_lost_is_a_line_and_exit_code_1(

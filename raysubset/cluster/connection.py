@@ -152,9 +152,12 @@ def _connection(address: str, *, head_s: float) -> Iterator[None]:
     """Keep a connection of ray.init() for the length of the block. A head that is lost for head_s ends the process: see
     watch_head(). SIGTERM's default ends the process without leaving blocks; Ray's handler, which leaves them, stands in
     for it until the block ends."""
+    from raysubset.cluster.private_ray import worker
+
     start_s, stop = time.perf_counter(), threading.Event()
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, as_ray_does = signal.getsignal(signal.SIGTERM), worker.print_to_stdstream
     try:
+        worker.print_to_stdstream = log_in_a_line
         _init(address)
         log.info("connected to Ray in %.1f s", time.perf_counter() - start_s)
         if "://" not in address:
@@ -167,6 +170,7 @@ def _connection(address: str, *, head_s: float) -> Iterator[None]:
     finally:
         stop.set()
         ray.shutdown()
+        worker.print_to_stdstream = as_ray_does
         if handler is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
@@ -177,9 +181,6 @@ def _init(address: str) -> None:
     Raises:
         KeyboardInterrupt: if Ray's handler got the signal.
     """
-    from raysubset.cluster.private_ray import worker
-
-    worker.print_to_stdstream = log_in_a_line
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning")  # pyright: ignore[reportArgumentType]
