@@ -1,6 +1,7 @@
 """What legs came to, judged in the direction of the task's quality: numbers can be checked by hand."""
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,6 +152,15 @@ def test_numbers_of_a_comparison_are_in_the_qualitys_units(compared: Compared):
     assert "reads" not in told
     assert "accuracy" not in told
     assert "%" not in told.replace("95 %", "").replace("94%", "")
+
+
+def test_ledgers_are_read_with_many_requests_at_a_time_once_each(compared: Compared, monkeypatch: pytest.MonkeyPatch):
+    read, works = list[tuple[threading.Thread, str]](), Done.works
+    monkeypatch.setattr(Done, "works", lambda leg: (read.append((threading.current_thread(), leg.key)), works(leg))[1])
+    compared(ACCURACY, 0.9)
+    threads, keys = zip(*read, strict=True)
+    assert threading.main_thread() not in threads
+    assert len({*keys}) == len(keys) > 1
 
 
 def test_the_record_holds_what_an_arm_was_tuned_to_and_what_it_trained_with(compared: Compared):

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from raysubset.config import AveragingConfig, Config, ExtrapolationConfig, MinimizeConfig, SkippingConfig
 from raysubset.data import load_full_set
 from raysubset.planning import make_plan
-from raysubset.training import Distillation, MinimizeResult, Progress, Shard, minimize, recompute_batch_norm
+from raysubset.training import Distillation, MinimizeResult, Progress, Shard, evaluate, minimize, recompute_batch_norm
 from raysubset.training.techniques.averaging import Averaging
 from raysubset.training.techniques.extrapolation import Extrapolation
 from raysubset.training.techniques.skipping import Skipping
@@ -621,11 +621,12 @@ def test_swa_is_allowed_in_the_stages_that_are_long_enough():
     assert config.stage("fine_tuning").averaging.kind == "none"
 
 
-@pytest.mark.parametrize("kind", ["ema", "swa", "pwalks"])
-def test_frozen_parameters_of_integers_stay(kind):
+@pytest.mark.parametrize("kind", ["none", "ema", "swa", "pwalks"])
+def test_frozen_parameters_of_integers_stay_and_change_no_type_of_inputs(kind):
     plain, model = linear(64), linear(64)
-    model.get_submodule("1").places = nn.Parameter(torch.arange(3), requires_grad=False)
+    model.get_submodule("0").places = nn.Parameter(torch.arange(3), requires_grad=False)
     recipe = MinimizeConfig(epochs=1.0, batch_size=8, averaging=AveragingConfig(kind=kind))
     for each in (plain, model):
         minimize(each, examples(), recipe, seed=0)
-    assert same_bits(weights(model), {**weights(plain), "1.places": torch.arange(3)})
+    assert same_bits(weights(model), {**weights(plain), "0.places": torch.arange(3)})
+    assert evaluate(model, examples()) == evaluate(plain, examples())

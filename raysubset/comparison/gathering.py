@@ -27,7 +27,7 @@ from raysubset.legs import Leg, closure, critical_path
 from raysubset.pipeline.run_report import data_record, task_record
 from raysubset.planning import Plan
 from raysubset.quality import Quality
-from raysubset.run_directory import mean_optimizer_path, optimizer_path, outputs_path, size_of
+from raysubset.run_directory import at_once, mean_optimizer_path, optimizer_path, outputs_path, size_of
 from raysubset.run_directory.ledger import LOST, Work, total_cost
 from raysubset.work import Piece
 
@@ -52,6 +52,8 @@ def gather(
     full_set, seeds, num_workers = comparison.run.full_set, comparison.seeds, comparison.num_workers
     plan, failed, quality = comparison.plan, comparison.runner.failed, full_set.quality
     legs = Legs(full_set, plan, failed)
+    done = (leg for leg in flat(finals) if leg not in failed)
+    at_once(legs.works, closure(*done, *comparison.tuning_legs))  # one by one they took minutes from slow storage
     arms = [_arm(arm, by_budget, settings[arm.key], legs, quality) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     finished = [point for point in baseline if not any(run["error"] for run in point["runs"])]

@@ -8,6 +8,7 @@ from raysubset.models.properties import (
     averaged_names,
     copied,
     deep_copy,
+    dtype_of,
     generators_restored,
     has_batch_norm,
     has_dropout,

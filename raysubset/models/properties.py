@@ -84,6 +84,11 @@ def _dropout_rate(module: nn.Module) -> float:
     return rate if isinstance(rate, int | float) else 0.0
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the type of a network's first parameter that is no integer, to which inputs are cast; else float32."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()), torch.float32)
+
+
 def lost_in_copies(model: nn.Module) -> str | None:
     """Return in words what would not work in a copy of the network; None if all would.
 

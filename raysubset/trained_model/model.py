@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from raysubset.config import ModelConfig
 from raysubset.errors import first_line
 from raysubset.events import Note
-from raysubset.models import new_model, torch_as_new
+from raysubset.models import dtype_of, new_model, torch_as_new
 from raysubset.objects_in_hand import hold_objects_of
 from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
@@ -142,7 +142,7 @@ class TrainedModel(nn.Module):
             scaled = scaled / 255
         if self.inputs is not None:  # scaled in the inputs' own precision, then cast to the network's
             scaled = (scaled - self.mean.to(scaled.dtype)) / self.std.to(scaled.dtype)
-            scaled = scaled.to(next(self.network.parameters()).dtype)
+            scaled = scaled.to(dtype_of(self.network))
         if isinstance(self.inputs, TableInputs) and self.inputs.missing == "mean":
             scaled = torch.nan_to_num(scaled, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         return self._in_units(self.network(scaled), inputs.dtype)

@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Batches, Examples, even_sizes
-from raysubset.models import learning_batch_norms, modes_restored, modules_in_training
+from raysubset.models import dtype_of, learning_batch_norms, modes_restored, modules_in_training
 from raysubset.pulse import measuring
 from raysubset.tasks import Spec, Task, added, sums_of
 from raysubset.training.records import Metrics
@@ -59,7 +59,7 @@ def batch_of(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int
         def look(module: nn.Module, inputs: Any, outputs: Any) -> None:
             sizes.extend(tensor.numel() // num for tensor in _tensors(outputs))
 
-        layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": next(model.parameters()).dtype}
+        layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype_of(model)}
         inputs, _ = next(iter(examples.in_order([num, len(examples) - num], **layout)))
         handle = register_module_forward_hook(look)
         try:
@@ -140,7 +140,7 @@ def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
 
 
 def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     with evaluation_mode(model):
         sizes, num_done = _sizes(len(examples), examples.task, batch_of(model, examples, recipe)), 0
         measuring(num_done, len(examples))
@@ -195,7 +195,7 @@ def recompute_batch_norm(
         return 0
     num = num_sampled or len(examples)
     sizes = even_sizes(num, math.ceil(num / batch_of(model, examples, recipe)))
-    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": next(model.parameters()).dtype}
+    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype_of(model)}
     if num_sampled or examples.is_augmented:
         batches = examples.epoch(batch_sizes=sizes, order_seed=seed, augmentation_seed=seed, **layout)
     else:

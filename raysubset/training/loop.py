@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig, derive_seed
 from raysubset.costs import Cost
 from raysubset.data import Batches, Examples, even_sizes
+from raysubset.models import dtype_of
 from raysubset.training.devices import mixed_precision, widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, load_optimizer_state, make_optimizer, state_after
@@ -87,7 +88,7 @@ def minimize(
             return minimize_by_own_loop(model, examples, recipe, seed=seed, state=state, on_step=on_step)
         return minimize_whole(model, examples, recipe, validation=validation, state=state, on_step=on_step)
     start_s = time.perf_counter()
-    device, task, dtype = examples.device, examples.task, next(model.parameters()).dtype
+    device, task, dtype = examples.device, examples.task, dtype_of(model)
     steps_per_epoch = num_steps_per_epoch(len(examples), recipe)
     batch_sizes = even_sizes(len(examples), steps_per_epoch)[: max(1, round(recipe.epoch_fraction * steps_per_epoch))]
     steps_per_turn = len(batch_sizes)  # fewer than an epoch's steps if epoch_fraction cuts it short

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig
-from raysubset.models import copied
+from raysubset.models import copied, dtype_of
 from raysubset.tasks import Spec
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import evaluation_batch
@@ -79,7 +79,7 @@ def _saved_bytes(model: nn.Module, recipe: MinimizeConfig, num: int, spec: Spec)
                 largest = max(largest, storage.nbytes())
         return tensor
 
-    dtype = next(probe.parameters()).dtype
+    dtype = dtype_of(probe)
     inputs = spec.zeros(num) if spec.are_integers else spec.zeros(num).to(dtype)
     with (
         torch.random.fork_rng(devices=[]),

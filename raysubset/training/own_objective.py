@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import with_article
-from raysubset.models import copied, generators_restored
+from raysubset.models import copied, dtype_of, generators_restored
 from raysubset.tasks import Task
 from raysubset.training.devices import mixed_precision
 from raysubset.training.evaluation import widened
@@ -70,7 +70,7 @@ def try_own_objective(model: nn.Module, recipe: MinimizeConfig, sample: Examples
         ValueError: if it raises anything, or does not return a summed loss and outputs that fit.
     """
     reference, network = str(recipe.objective), copied(model).train()
-    dtype = next(network.parameters()).dtype
+    dtype = dtype_of(network)
     indices = torch.arange(_NUM_TRIED) % len(sample)
     inputs, targets = sample.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
     objective = OwnObjective(reference, inputs.device)

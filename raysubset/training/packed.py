@@ -14,7 +14,7 @@ from torch.func import vmap
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig, derive_seed
 from raysubset.costs import Cost
 from raysubset.data import Examples, even_sizes, joined
-from raysubset.models import has_dropout, lost_in_copies
+from raysubset.models import dtype_of, has_dropout, lost_in_copies
 from raysubset.training.devices import mixed_precision, placed, widest_dtype
 from raysubset.training.evaluation import widened
 from raysubset.training.optimizers import learning_rate_at, state_after
@@ -161,7 +161,7 @@ class _Pack:
         draws = [draw for member_examples in examples if (draw := member_examples.draw(0)) is not None]
         self._draws = torch.cat(draws) if draws else None
         self._stack = Stack(models, recipe, optimizers)
-        device, self._dtype = examples[0].device, next(models[0].parameters()).dtype
+        device, self._dtype = examples[0].device, dtype_of(models[0])
         self._precision: AbstractContextManager[object] = mixed_precision(device, self._dtype, recipe.precision)
         sums = [0.0 if state is None else state["loss_sum"] for state in states]
         self._loss_sums = torch.tensor(sums, dtype=widest_dtype(device)).to(device)  # by member's number

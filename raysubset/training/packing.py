@@ -11,7 +11,7 @@ from raysubset.config import MinimizeConfig
 from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.errors import first_line
-from raysubset.models import copied
+from raysubset.models import copied, dtype_of
 from raysubset.training.loop import minimize
 from raysubset.training.packed import minimize_packed
 from raysubset.training.records import num_steps_per_epoch
@@ -106,7 +106,7 @@ def _unused_parameter(model: nn.Module, examples: Examples, recipe: MinimizeConf
     """Return the name of a parameter that gets no gradient, or None."""
     network = copied(model).train()
     indices = torch.arange(min(4, len(examples)), device=examples.device)
-    dtype = next(network.parameters()).dtype
+    dtype = dtype_of(network)
     inputs, targets = examples.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
     examples.task.loss(network(inputs), targets).backward()
     return next((name for name, p in network.named_parameters() if p.requires_grad and p.grad is None), None)

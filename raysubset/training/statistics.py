@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from raysubset.config import MinimizeConfig
 from raysubset.costs import Cost
 from raysubset.data import Examples
-from raysubset.models import has_dropout
+from raysubset.models import dtype_of, has_dropout
 from raysubset.tasks import Task
 from raysubset.training.evaluation import EVALUATION_BATCH, batch_of, evaluation_mode, widened
 
@@ -160,7 +160,7 @@ def _sampled_batches(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     size = batch_of(model, examples, recipe)
     parts = order[:num].sort().values.to(examples.device).split(size)
-    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": next(model.parameters()).dtype}
+    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype_of(model)}
     return (examples.batch(indices, **layout) for indices in parts)
 
 

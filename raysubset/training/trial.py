@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from raysubset.config import WHOLE_SUBSET, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import listed
-from raysubset.models import copied, generators_restored
+from raysubset.models import copied, dtype_of, generators_restored
 from raysubset.tasks import Spec
 from raysubset.training.evaluation import predict
 from raysubset.training.loop import minimize
@@ -161,7 +161,7 @@ def _refuse_unmoved(start: nn.Module, end: nn.Module, examples: Examples, refere
     unmoved = [name for name, p in old.items() if p.requires_grad and torch.equal(p, new[name])]
     if unmoved:
         network = copied(start).train()
-        inputs, targets = examples.batch(torch.arange(len(examples)), dtype=next(network.parameters()).dtype)
+        inputs, targets = examples.batch(torch.arange(len(examples)), dtype=dtype_of(network))
         with torch.random.fork_rng(devices=[]):
             examples.task.loss(network(inputs), targets).backward()
         slopes = {name: p.grad for name, p in network.named_parameters()}
@@ -179,7 +179,7 @@ def least_batch(model: nn.Module, spec: Spec) -> int:
     """Return the fewest examples of a step: 2 if batch normalisation would see a single value per channel of one."""
     network, example = copied(model).train(), spec.zeros(1)
     if example.is_floating_point():
-        example = example.to(next(network.parameters()).dtype)
+        example = example.to(dtype_of(network))
     with generators_restored(), torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             outputs = network(example)

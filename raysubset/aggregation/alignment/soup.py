@@ -18,7 +18,7 @@ from raysubset.aggregation.soups import uniform_soup
 from raysubset.aggregation.streaming import aggregate_of, mean_of
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples, even_sizes
-from raysubset.models import averaged_names
+from raysubset.models import averaged_names, dtype_of
 from raysubset.training import Weights, recompute_batch_norm
 from raysubset.training.evaluation import evaluation_mode
 
@@ -144,7 +144,7 @@ class _Aligner(Scorer):
         self._model.load_state_dict(weights)
         self._num_forward += len(self._calibration)
         sizes = even_sizes(len(self._calibration), math.ceil(len(self._calibration) / _BATCH))
-        dtype = next(self._model.parameters()).dtype
+        dtype = dtype_of(self._model)
         batches = self._calibration.in_order(sizes, channels_last=self._minimize.channels_last, dtype=dtype)
         return [images for images, _ in batches]
 

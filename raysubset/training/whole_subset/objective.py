@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import first_line
+from raysubset.models import dtype_of
 from raysubset.training.devices import widest_dtype
 from raysubset.training.evaluation import widened
 
@@ -62,7 +63,7 @@ class Objective:
         self._forward = torch.compile(model) if recipe.compile else model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sizes = [p.numel() for p in self._named.values()]
-        self._dtype = next(model.parameters()).dtype
+        self._dtype = dtype_of(model)
         self._chunks = torch.arange(len(examples), device=examples.device).split(recipe.batch_size * CHUNK_BATCHES)
         self._last: tuple[Tensor, Evaluation] | None = None  # weights and their gradient, the last computed
 
