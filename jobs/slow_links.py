@@ -2,7 +2,8 @@
 
 Command:    sudo -E env PATH="$PATH" RAYSUBSET_DATA=~/data python jobs/slow_links.py --mbit 10 100 1000   (from the root
             of the checkout; MNIST's files lie under RAYSUBSET_DATA, and `pip install -e '.[test]'` brings moto)
-            --cells I rounds-16 and one --mbit measure less, --seeds 0 1 2 more; results gather in --out, and --table shows them again.
+            --cells I rounds-16 and one --mbit measure less, --seeds 0 1 2 more; results gather in --out, and --table
+            shows them again.
 Hardware:   Linux, root, two CPU cores that have nothing else to do.
 Method:     Each Ray node lives in a network namespace of its own, joined by a bridge; `tc … tbf` limits what its link
             carries in each direction. At 10, 100 and 1000 Mbit/s a TCP stream got 9.4, 93 and 929. Storage is an S3
@@ -12,8 +13,8 @@ Method:     Each Ray node lives in a network namespace of its own, joined by a b
             at --limit-s would have reached is known from one that was not; its seconds are scaled by the exchanges that
             it made, and so marked (~).
 Time:       A cell takes its start (a minute) and --limit-s at most. All have not been run in a row yet.
-Result:     On a quiet machine, n = 1 where nothing else is said. A set of weights is 4.11 MB; MB are of an exchange and worker, out / in by the
-            kernel, the mean of both nodes, beside the ledger's, which are out and in of rounds and out of I; seconds
+Result:     On a quiet machine, n = 1 where nothing else is said. A set of weights is 4.11 MB; MB are of an exchange and
+            worker, out / in by the kernel, the mean of both nodes, beside the ledger's, which are out and in of rounds and out of I; seconds
             from the first worker's start; ~ is scaled from the exchanges made until the limit (62 and 14):
             Mbit/s  cell                  exchanges  s, all  s to 97 %  validation  MB           ledger  advise/measured
             1000    I                           256      88         55      97.5 %   4.33 / 4.13   4.34    0.70
