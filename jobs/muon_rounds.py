@@ -36,9 +36,9 @@ Result:     Muon, n = 3 seeds, 8 passes in total, test accuracy in % (± 95 % by
             device. 64 exchanges of SGD's minima are four points below Muon's, and one below data-parallel SGD: the gain
             is Muon's. (Their validation accuracy at 0.05, 0.1, 0.2 and 0.4 is 67.9, 69.4, 70.5 and 68.0 %. At 0.1, 0.2
             and 0.4 that of 16 exchanges is 66.5, 69.4 and 66.1, that of 4 is 65.7, 66.6 and 63.7; measured 2026-11-30,
-            with B of SGD again, which had the same test accuracies, and 72.1 % of validation at 0.1.) So 16 and 4 exchanges of Muon's minima are
-            three and four points above SGD's. Lower rates may do better where the edge was best. Eight devices are not
-            measured yet.
+            with B of SGD again, which had the same test accuracies, and 72.1 % of validation at 0.1.) So 16 and 4
+            exchanges of Muon's minima are three and four points above SGD's. Lower rates may do better where the edge
+            was best. Eight devices are not measured yet.
             These networks were trained before batch-norm statistics of G and I were taken of augmented batches
             (2026-11-29), which changes no step; the statistics of their ends were recomputed so, and they were measured
             again. With statistics of the images as they are, G had 67.1, 70.8 and 70.3 %, I 68.8 and 71.1 %.

@@ -14,8 +14,9 @@ Method:     Each Ray node lives in a network namespace of its own, joined by a b
             it made, and so marked (~).
 Time:       A cell takes its start (a minute) and --limit-s at most. All have not been run in a row yet.
 Result:     On a quiet machine, n = 1 where nothing else is said. A set of weights is 4.11 MB; MB are of an exchange and
-            worker, out / in by the kernel, the mean of both nodes, beside the ledger's, which are out and in of rounds and out of I; seconds
-            from the first worker's start; ~ is scaled from the exchanges made until the limit (62 and 14):
+            worker, out / in by the kernel, the mean of both nodes, beside the ledger's, which are out and in of rounds
+            and out of I; seconds from the first worker's start; ~ is scaled from the exchanges made until the limit (62
+            and 14):
             Mbit/s  cell                  exchanges  s, all  s to 97 %  validation  MB           ledger  advise/measured
             1000    I                           256      88         55      97.5 %   4.33 / 4.13   4.34    0.70
             1000    rounds-16-int8               16     100        100      97.5 %   2.84 / 1.47   4.22    0.60

@@ -629,4 +629,4 @@ def test_frozen_parameters_of_integers_stay_and_change_no_type_of_inputs(kind):
     for each in (plain, model):
         minimize(each, examples(), recipe, seed=0)
     assert same_bits(weights(model), {**weights(plain), "0.places": torch.arange(3)})
-    assert evaluate(model, examples()) == evaluate(plain, examples())
+    assert evaluate(model, examples(), recipe) == evaluate(plain, examples(), recipe)
