@@ -19,7 +19,7 @@ from raysubset.cluster import put_once
 from raysubset.comparison import ComparisonReport
 from raysubset.comparison.arms import Arm, Settings, arm_config, final_leg, parse_arm
 from raysubset.data import load_full_set
-from raysubset.events import Event, LegDone, OnEvent, Retry, Waiting
+from raysubset.events import Event, LegDone, OnEvent, Progress, Retry, Waiting
 from raysubset.legs import Leg, LegRunner, closure
 from raysubset.planning import make_plan
 from raysubset.report import comparison_sections, read_report
@@ -268,13 +268,18 @@ def test_ctrl_c_leaves_a_checkpoint_of_a_leg_at_work(tmp_path: Path):
     own = arm_config(parse_arm("B"), config, Settings(0.1, 64), seed=0, num_workers=2)
     leg = baseline(own, 1e4, legs_path=str(tmp_path))
 
+    is_at_work = threading.Event()  # as the driver knows: what an actor began a moment ago ends without a checkpoint
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Progress):
+            is_at_work.set()
+
     def press() -> None:
-        while not leg.directory.list("ledger"):
-            time.sleep(0.01)
+        is_at_work.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt), runner_of(config, lambda event: None) as runner:
+    with pytest.raises(KeyboardInterrupt), runner_of(config, tell) as runner:
         runner.run([leg])
     (work,) = leg.works()
     assert work.outcome == "interrupted"

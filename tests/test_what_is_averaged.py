@@ -260,11 +260,6 @@ def test_without_a_network_a_mask_is_no_divergence_and_nan_is(method: str):
         merge([diverged, *members], method)
 
 
-def test_without_a_network_what_is_complex_is_the_firsts():
-    members = [{"w": torch.tensor([value]), "phase": torch.tensor([value * 1j])} for value in (1.0, 3.0)]
-    assert same_bits(merge(members), {"w": torch.tensor([2.0]), "phase": torch.tensor([1j])})
-
-
 def test_aligned_soup_keeps_frozen_layers_in_place_and_as_they_are():
     def network(seed: int) -> nn.Module:
         with torch.random.fork_rng():
