@@ -316,3 +316,20 @@ def test_complex_parameters_are_refused_and_complex_buffers_kept():
         build_model(ModelConfig(name=f"{here}:a_complex_network"), spec, seed=0)
     model = build_model(ModelConfig(name=f"{here}:a_network_with_a_complex_buffer"), spec, seed=0)
     assert weights(model)["phase"].item() == 1 + 2j
+
+
+def a_network_with_extra_state(num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    class Net(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"num_calls": 0}
+
+        def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+    return nn.Sequential(nn.Flatten(), Net(64, num_classes))
+
+
+def test_a_state_that_is_no_tensor_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"1\._extra_state of the state dict is no tensor"):
+        build_model(
+            ModelConfig(name="tests.test_what_is_averaged:a_network_with_extra_state"), Spec((1, 8, 8), (3,)), seed=0
+        )

@@ -29,6 +29,8 @@ def users_network(name: str, spec: Spec) -> nn.Module:
             f"{name}: parameter {key} is complex; hold real and imaginary parts as one real parameter [..., 2] and use "
             "torch.view_as_complex in forward()"
         )
+    if others := [key for key, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"{name}: {others[0]} of the state dict is no tensor, and files of weights hold tensors alone")
     model._apply(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor).eval()
     _try_evaluation(name, model, spec)
     if not num_parameters(model):
