@@ -197,7 +197,7 @@ def test_a_node_started_ahead_is_the_one_connected_to_and_goes_with_the_connecti
     monkeypatch.setattr(ray, "init", init)
     config = ClusterConfig(num_cpus=1)
     with started_ahead(config):
-        (ahead,) = keepers()
+        ahead = psutil.Process(connection._nodes_ahead[config]._keeper.pid)  # which has no command line at first
         with pytest.raises(ConnectionError, match="far enough"), connected(config):
             pass
         psutil.wait_procs([ahead])  # while what follows goes on
