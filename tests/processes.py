@@ -242,7 +242,12 @@ def _serve(pipe: Any, build: bytes) -> None:
     )
     for module in (actor_module, tasks, resources):
         module.ray = here  # type: ignore[attr-defined]
-    actor, lock = cloudpickle.loads(build)(), Lock()
+    serve(cloudpickle.loads(build)(), pipe, lambda: os._exit(0))
+
+
+def serve(actor: Any, pipe: Any, at_end: Callable[[], None]) -> None:
+    """Answer the calls that come through the pipe, until the driver is gone."""
+    lock = Lock()
 
     def answer(number: int, method: str, arguments: Sequence[Any], options: dict[str, Any]) -> None:
         try:
@@ -256,6 +261,6 @@ def _serve(pipe: Any, build: bytes) -> None:
         while True:
             try:
                 call = pipe.recv_bytes()
-            except EOFError:  # the driver is gone
-                os._exit(0)
+            except (EOFError, ConnectionResetError):
+                return at_end()
             threads.submit(answer, *cloudpickle.loads(call))

@@ -17,6 +17,7 @@ from raysubset.models import (
     build_model,
     has_batch_norm,
     has_dropout,
+    lost_in_copies,
     needs_default_layout,
     num_parameters,
 )
@@ -548,3 +549,20 @@ def test_dropout_is_seen_where_it_is_active():
 def test_batch_norm_without_running_statistics_needs_no_recomputing():
     assert has_batch_norm(nn.Sequential(nn.BatchNorm1d(3)))
     assert not has_batch_norm(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3)))
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_forward_pre_hook",
+        "register_forward_hook",
+        "register_full_backward_pre_hook",
+        "register_full_backward_hook",
+    ],
+)
+def test_a_closure_as_a_hook_would_not_work_in_a_copy(register: str):
+    network, seen = nn.Sequential(nn.Linear(2, 2)), list[nn.Module]()
+    getattr(network[0], register)(print)
+    assert lost_in_copies(network) is None
+    getattr(network[0], register)(lambda module, *_: seen.append(module))
+    assert lost_in_copies(network) == "a hook of 0 that is a closure"

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -87,11 +88,14 @@ class Counting(nn.Module):
 
 
 def of_layers(kind: str) -> nn.Module:
-    """Layers that are not what their classes say: parametrized, or with hooks on them or on the whole network."""
+    """Layers that are not what their classes say: parametrized, or with hooks on them or on the whole network; or with
+    an attribute that cannot be copied."""
     first = nn.Conv2d(1, 4, 3)
     model = nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     if kind == "weight_norm":
         nn.utils.parametrizations.weight_norm(first)
+    elif kind == "lock":
+        first.lock = threading.Lock()  # pyright: ignore[reportAttributeAccessIssue]
     elif kind == "layer_hook":
         first.register_forward_hook(lambda _, inputs, outputs: outputs - outputs.mean(1, keepdim=True))
     else:
@@ -103,7 +107,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "untraceable": Untraceable,
     "counting": partial(Counting, in_place=True),
     "assigning": partial(Counting, in_place=False),
-    **{kind: partial(of_layers, kind) for kind in ("weight_norm", "layer_hook", "network_hook")},
+    **{kind: partial(of_layers, kind) for kind in ("weight_norm", "lock", "layer_hook", "network_hook")},
 }
 
 

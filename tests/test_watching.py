@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -16,7 +15,7 @@ from raysubset.run_directory import RunDirectory, weights_path
 from raysubset.training import EpochRecord, Progress, ValidationWatch, Weights, evaluate
 from raysubset.work import Minimizer, Piece
 from raysubset.work.starting import random_model
-from tests.tiny import same_bits, stored_weights
+from tests.tiny import metrics, same_bits, stored_weights
 
 CONFIG = Config().with_overrides(
     {
@@ -61,7 +60,7 @@ class Measured:
 
     def measure(self) -> Any:
         loss = self.losses[int(self.model.weight.item()) - 1]
-        return SimpleNamespace(loss=loss, to_dict=lambda: {"loss": loss})
+        return metrics(loss, 0, 1)
 
 
 @pytest.mark.parametrize(

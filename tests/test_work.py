@@ -233,44 +233,40 @@ def test_a_network_that_is_used_again_has_the_layout_of_a_new_one(full_set: Full
     assert layouts[0] == layouts[1]
 
 
-def test_a_network_with_a_hook_on_a_gradient_is_built_anew_as_a_copy_would_lack_it(full_set, tmp_path, monkeypatch):
-    (tmp_path / "masked_nets.py").write_text(
-        "from torch import nn\n"
-        "def masked(spec):\n"
-        "    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
-        "    network[1].weight.register_hook(lambda gradient: 0 * gradient)\n"
-        "    return network\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    config = CONFIG.with_overrides({"model.name": "masked_nets:masked", "model.norm": "batch"})
-    start, networks = new_model(config.model, full_set).state_dict(), Networks()
-    for _ in range(2):
-        model = networks.placed(config, full_set, start, torch.device("cpu"))
-        model(torch.ones(1, 1, 8, 8)).sum().backward()
-        has_gradient = [bool(p.grad is not None and p.grad.any()) for p in model.parameters()]
-        assert has_gradient == [False, True]  # weight and bias
+MASKED = """
+from torch import nn
+def network(spec):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    network[1].weight.register_hook(lambda gradient: 0 * gradient)
+    return network
+"""
+SCALED = """
+from torch import nn, ones
+class Scaled(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        self.scale = nn.Parameter(ones(10))
+        self[1].register_forward_hook(lambda module, inputs, outputs: outputs * self.scale)
+def network(spec):
+    return Scaled()
+"""
 
 
-def test_a_network_with_a_closure_as_hook_is_built_anew_as_a_copys_would_use_the_first_ones_tensors(
-    full_set, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("module", "code", "without_gradient"), [("masked_nets", MASKED, ["1.weight"]), ("scaled_nets", SCALED, [])]
+)
+def test_a_network_with_hooks_that_a_copy_would_lose_is_built_anew(
+    module, code, without_gradient, full_set, tmp_path, monkeypatch
 ):
-    (tmp_path / "scaled_nets.py").write_text(
-        "from torch import nn, ones\n"
-        "class Scaled(nn.Sequential):\n"
-        "    def __init__(self):\n"
-        "        super().__init__(nn.Flatten(), nn.Linear(64, 10))\n"
-        "        self.scale = nn.Parameter(ones(10))\n"
-        "        self[1].register_forward_hook(lambda module, inputs, outputs: outputs * self.scale)\n"
-        "def scaled(spec):\n"
-        "    return Scaled()\n"
-    )
+    (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    config = CONFIG.with_overrides({"model.name": "scaled_nets:scaled", "model.norm": "batch"})
+    config = CONFIG.with_overrides({"model.name": f"{module}:network", "model.norm": "batch"})
     start, networks = new_model(config.model, full_set).state_dict(), Networks()
     for _ in range(2):
         model = networks.placed(config, full_set, start, torch.device("cpu"))
         model(torch.ones(1, 1, 8, 8)).sum().backward()
-        assert all(p.grad is not None for p in model.parameters())
+        lacking = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert lacking == without_gradient
 
 
 def test_parameters_keep_the_attributes_by_which_a_users_optimizer_knows_them(full_set, tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -51,7 +50,7 @@ _num_users = 0  # blocks, of any thread, that need this process's connection
 
 
 @contextlib.contextmanager
-def _shared(connection: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def _shared(connection: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
     """Keep this process connected to Ray for the block: as it is already, or by entering the connection.
 
     A connection that was entered is left when no thread needs it any more.

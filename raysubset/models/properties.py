@@ -99,8 +99,8 @@ def lost_in_copies(model: nn.Module) -> str | None:
         if any(getattr(parameter, kind) for kind in ("_backward_hooks", "_post_accumulate_grad_hooks")):
             return f"a hook on the gradient of {name}"
     for name, module in model.named_modules():
-        hooks = (vars(module)[kind] for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks"))
-        if any(getattr(hook, "__closure__", None) for of_kind in hooks for hook in of_kind.values()):
+        kinds = (f"_{kind}_hooks" for kind in ("forward_pre", "forward", "backward_pre", "backward"))
+        if any(getattr(hook, "__closure__", None) for kind in kinds for hook in vars(module)[kind].values()):
             return f"a hook of {name or type(module).__name__} that is a closure"
     return None
 

@@ -253,7 +253,7 @@ def _tune(
         folder = directory.local_path / "tune" if directory.local_path else temporary
         tuner = tune.Tuner(
             tune.with_resources(
-                tune.with_parameters(at(workplace(), run_trial), tasks=dict(tasks), pulses=callback.pulses),
+                tune.with_parameters(at(workplace(), run_trial), tasks=dict(tasks), pulses=callback.lookout.key),
                 PLACE_OF_TRIAL,
             ),
             param_space={"trial": tune.grid_search(points)},
@@ -309,14 +309,14 @@ class _TrialEvents(tune.Callback):
     """Passes what Tune reports of its trials on to the sweep's listener, and has their processes watched."""
 
     def __init__(self, tell: OnEvent, standing: TrialsStanding, lookout: TrialsLookout) -> None:
-        self._tell, self._standing, self._lookout, self.pulses = tell, standing, lookout, lookout.key
+        self._tell, self._standing, self.lookout = tell, standing, lookout
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle nothing, as a terminal's listener holds locks. Tune pickles callbacks, but nobody reads them."""
         return tune.Callback, ()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        self._lookout.look({_trial_name(trial) for trial in trials if trial.status == "RUNNING"})
+        self.lookout.look({_trial_name(trial) for trial in trials if trial.status == "RUNNING"})
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(Stage(f"{_trial_name(trial)} starts"))

@@ -107,7 +107,7 @@ class TrainedModel(nn.Module):
             self._buffers = scaling
         to = next(self.network.parameters())
         for name, values in self._scaling().items():
-            wide = torch.promote_types(values.dtype, to.dtype)
+            wide = torch.promote_types(values.dtype, dtype_of(self.network))
             self._buffers[name] = values.to(to.device, torch.float32 if to.device.type == "mps" else wide)
         return self
 

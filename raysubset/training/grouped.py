@@ -8,7 +8,6 @@ thread.
 """
 
 import contextlib
-import copy
 import operator
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from raysubset.models import copied
 
 Forward = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 """f(parameters and buffers by name [K, …], inputs [N, K, …]) -> outputs [N, K, …]."""
@@ -32,7 +33,7 @@ def forward_of_all(network: nn.Module) -> Forward:
 
     The network itself is left alone. If vmap cannot run it, the first call raises torch's RuntimeError.
     """
-    network = copy.deepcopy(network).train()
+    network = copied(network).train()
     if (folded := _folded(network)) is not None:
         return lambda tensors, images: functional_call(folded, dict(tensors), (images,))
 
@@ -62,7 +63,7 @@ def _folded(network: nn.Module) -> nn.Module | None:
     """
     if _has_hooks(network):  # a graph lacks those of the whole network
         return None
-    tried = copy.deepcopy(network)
+    tried = copied(network)
     try:
         traced = fx.symbolic_trace(tried)
     except Exception:  # tracing runs the user's forward() on stand-ins, which may raise anything

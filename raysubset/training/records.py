@@ -47,6 +47,11 @@ class Metrics:
         return self.loss_sum / self.num_examples
 
     @property
+    def compared_loss(self) -> float:
+        """The loss by which the best weights are chosen: infinity where it is not finite, as nothing is below NaN."""
+        return self.loss if math.isfinite(self.loss) else math.inf
+
+    @property
     def accuracy(self) -> float:
         """The accuracy, in [0, 1], of a task that has one."""
         return self.values["accuracy"]

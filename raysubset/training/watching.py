@@ -1,6 +1,5 @@
 """ValidationWatch: measures validation data during training, keeps the best weights, and says when to stop."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +43,8 @@ class ValidationWatch:
             return None
         metrics = self._validate() if progress.validation is None else progress.validation
         self.looks.append({**progress.history[-1].to_dict(), "validation": metrics.to_dict()})
-        loss = metrics.loss if math.isfinite(metrics.loss) else math.inf  # nothing would be less than NaN
-        if not self._best or loss < self._best["loss"]:
-            self._best = {"loss": loss}
+        if not self._best or metrics.compared_loss < self._best["loss"]:
+            self._best = {"loss": metrics.compared_loss}
             if self._patience:
                 self._best["at"] = len(self.looks)
             if self._keeps_best:

@@ -19,8 +19,8 @@ class Networks:
     Drawing 11 million initial weights that start weights overwrite takes 300 ms of a CPU, copying them 2. Our own
     networks are used again: beside its state dict, a minimization leaves only gradients, frozen flags and modes in
     them. If a user's code handles the network (model, optimizer or objective), each piece gets a copy of an unused one,
-    or a new one if copying fails or would lose hooks. The state of such a network outside its state dict
-    is that of the seed "initial", for all rounds and members alike.
+    or a new one if copying fails or would lose hooks. The state of such a network outside its state dict is that of the
+    seed "initial", for all rounds and members alike.
     """
 
     def __init__(self) -> None:

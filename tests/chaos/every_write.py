@@ -9,8 +9,6 @@ same again and must end where the undisturbed one did, by tests.chaos.punish's r
 one that has imported all; no Ray is started.
 """
 
-# pyright: reportPrivateImportUsage=false
-
 import argparse
 import json
 import multiprocessing
@@ -20,17 +18,13 @@ import shutil
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from ray import cloudpickle
-from ray.exceptions import RayTaskError
 
 from raysubset import Config, compare, run
 from raysubset.run_directory import RunDirectory, directory
@@ -62,28 +56,9 @@ class Threads(processes.Actor):
     def start(self) -> None:
         self.process = SimpleNamespace(pid=os.getpid(), kill=lambda: None, join=lambda: None)
         self.pipe, theirs = multiprocessing.Pipe()
-        threading.Thread(target=_serve, args=(theirs, self.build), daemon=True).start()
+        threading.Thread(target=lambda: processes.serve(self.build(), theirs, lambda: None), daemon=True).start()
         for call in self.calls:
             self._send(call)
-
-
-def _serve(pipe: Any, build: Any) -> None:
-    actor, lock = build(), threading.Lock()
-
-    def answer(number: int, method: str, arguments: Any, options: Any) -> None:
-        try:
-            result = getattr(actor, method)(*arguments, **options)
-        except Exception as error:
-            result = RayTaskError(method, traceback.format_exc(), error)
-        with lock:
-            pipe.send_bytes(cloudpickle.dumps((number, result)))
-
-    with ThreadPoolExecutor(2) as threads:
-        try:
-            while True:
-                threads.submit(answer, *cloudpickle.loads(pipe.recv_bytes()))
-        except (EOFError, OSError):
-            return
 
 
 class Writes:

@@ -1,6 +1,5 @@
 """aligned_soup() averages minima whose units have been permuted to correspond."""
 
-import copy
 import dataclasses
 import math
 import time
@@ -18,7 +17,7 @@ from raysubset.aggregation.soups import uniform_soup
 from raysubset.aggregation.streaming import aggregate_of, mean_of
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples, even_sizes
-from raysubset.models import averaged_names, dtype_of
+from raysubset.models import averaged_names, copied, dtype_of
 from raysubset.training import Weights, recompute_batch_norm
 from raysubset.training.evaluation import evaluation_mode
 
@@ -130,7 +129,7 @@ class _Aligner(Scorer):
     def match_activations(self, target: Weights, weights: Weights) -> Permutations:
         """Match by activations. The target may be a mean, so its batch-norm statistics are recomputed first."""
         if self._target_model is None:
-            self._target_model = copy.deepcopy(self._model)
+            self._target_model = copied(self._model)
         self._target_model.load_state_dict(target)
         self._num_forward += recompute_batch_norm(self._target_model, self._calibration, self._minimize)
         self._num_forward += len(self._calibration)

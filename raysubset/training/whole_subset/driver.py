@@ -1,6 +1,5 @@
 """minimize_whole(): the loop around whole-subset steppers: budget, history, best weights, stopping and resuming."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -122,8 +121,7 @@ def _minimize(
         assert validation is not None
         objective.num_forward += len(validation)
         progress.validation = evaluate(model, validation, recipe)
-        loss = progress.validation.loss
-        return {"loss": loss if math.isfinite(loss) else math.inf, "weights": objective.weights(), "since": 0}
+        return {"loss": progress.validation.compared_loss, "weights": objective.weights(), "since": 0}
 
     if state is None:
         objective.num_forward += recompute_batch_norm(model, examples, recipe)
