@@ -125,6 +125,23 @@ def test_images_with_other_targets_than_classes_are_arrays(returned: Callable[..
     )
 
 
+def test_floats_that_may_be_series_are_not_read_as_grey_images_in_silence(returned: Callable[..., Any]):
+    """Series of 3 steps of 2 sensors, in [0, 1], were rounded to 8 bits."""
+    series = "series = (features / 11).reshape(2, 3, 2)\nreturn "
+    for body in ("series, [0, 1]", "Items([(series[0], 0), (series[1], 1)])", "dict(train=(series * 9, [0, 1]))"):
+        with pytest.raises(ValueError, match=r"float64 \[N, 3, 2\] beside labels.*dict\(inputs=…, label=…\) for"):
+            returned(series + body)
+    values = (FEATURES / 11).reshape(2, 3, 2)
+    assert_holds(returned(series + "dict(inputs=series, label=[0, 1])"), inputs=values, label=LABELS[:2])
+    assert_holds(returned(series + "series, [0.5, 1.5]"), inputs=values, target=np.array([0.5, 1.5]))
+    own = returned(series + "series, [0, 1]", lambda config: read_returned(config, "own_rows:Task"))
+    assert_holds(own, image=values[..., np.newaxis], label=LABELS[:2])
+    (note,) = returned("return (features / 11)[:4].reshape(2, 2, 2), [0, 1]").notes
+    assert note.text.endswith(
+        "returned, float64 [N, 2, 2, 1] as grey images (series go by name: dict(inputs=…, label=…))"
+    )
+
+
 def test_inputs_of_one_number_or_of_truth_values_are_features(returned: Callable[..., Any]):
     assert_holds(returned("return features[:, 0], labels"), inputs=FEATURES[:, :1], target=LABELS)
     assert_holds(returned("return features > 5, labels"), inputs=(FEATURES > 5).astype(np.float32), target=LABELS)

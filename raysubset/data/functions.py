@@ -19,6 +19,7 @@ from raysubset.tasks.columns import is_string
 from raysubset.user_code.functions import call_function
 from raysubset.user_code.given import is_given
 
+_SERIES = "dict(inputs=…, label=…)"
 _WANTED = "an Arrow table, a pair (inputs, targets) or a dict of arrays, a torch Dataset, or a dict of splits of these"
 
 
@@ -39,7 +40,8 @@ def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
     - an Arrow table, or another library's frame: of images if it has an image column, else of columns, which a user's
       own task gets as arrays;
     - a pair of arrays, inputs and targets, which are then named "inputs" ("image" for images) and "target" ("label"
-      for a class for each image, "mask" for an integer for each pixel);
+      for a class for each image, "mask" for an integer for each pixel). Floats [N, A, B] beside labels are images only
+      if A = B;
     - a dict of named arrays;
     - a torch Dataset with a length, whose items are such pairs or dicts.
 
@@ -50,11 +52,14 @@ def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
     notes: list[Note] = []
     for name, (value, where) in _splits_of(call_function("data.name", config.name), config).items():
         split = _recognise(value, config, where, task)
+        read_as = ""
         if isinstance(split, dict):
             arrays[name], num = split, len(next(iter(split.values())))
+            if ":" not in task and not isinstance(value, Mapping) and _are_grey_floats(split.get("image")):
+                read_as = f", {_shown(split['image'])} as grey images (series go by name: {_SERIES})"
         else:
             tables[name], num = (f"the {name} split of {origin(config)}", split), split.num_rows
-        notes.append(Note(f"{name} split: {num} examples of {origin(config)}"))
+        notes.append(Note(f"{name} split: {num} examples of {origin(config)}{read_as}"))
     if tables and arrays:
         text = f"{_shown_name(config)} has a table as its {', '.join(tables)} split and arrays as {', '.join(arrays)}"
         raise ValueError(f"{text}: give all splits alike")
@@ -179,6 +184,11 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> pa.Tabl
     is_uint8_image = inputs.dtype == np.uint8 and (inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[3] in (1, 3)))
     is_label = targets.dtype.kind in "iuUOb" and targets.size == len(targets)  # Keras has CIFAR's labels as [N, 1]
     is_mask = inputs.ndim in (3, 4) and targets.dtype.kind in "iub" and targets.shape == inputs.shape[:3]
+    if inputs.ndim == 3 and inputs.dtype.kind == "f" and is_label and len({*inputs.shape[1:]}) > 1 and ":" not in task:
+        raise ValueError(
+            f"{where} has {_shown(inputs)} beside labels, which may be series or grey images: name them, {_SERIES} for "
+            "numbers that are standardised, dict(image=…, label=…) for pixels in [0, 1], which become 8 bits"
+        )
     if is_uint8_image or (inputs.ndim in (3, 4) and is_label):
         inputs = inputs[..., np.newaxis] if inputs.ndim == 3 else inputs
         if is_label:
@@ -186,6 +196,10 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> pa.Tabl
         return _named_arrays({"image": inputs, "mask" if is_mask else "target": targets}, where)
     inputs = inputs[:, np.newaxis] if inputs.ndim == 1 else inputs
     return _named_arrays({"inputs": inputs, "mask" if is_mask else "target": targets}, where)
+
+
+def _are_grey_floats(images: np.ndarray | None) -> bool:
+    return images is not None and images.dtype.kind == "f" and images.ndim == 4 and images.shape[3] == 1
 
 
 def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:
