@@ -63,8 +63,10 @@ def compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compared:
     return lambda quality, at_half_a_pass, **options: gathered(quality, at_half_a_pass, tmp_path, **options)
 
 
-def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path, *, fails: str = "") -> dict[str, Any]:
-    """comparison.json of an arm of half a pass beside a baseline; a long arm A if B `fails`.
+def gathered(
+    quality: Quality, at_half_a_pass: float | None, tmp_path: Path, *, fails: str = "", also_fails: str = ""
+) -> dict[str, Any]:
+    """comparison.json of an arm of half a pass beside a baseline; a long arm A if B `fails`; E if it `also_fails`.
 
     The baseline has 2 of BITS, or 0.5 of R2, at one pass, and gets a tenth better each time passes double. Seeds differ
     by thousandths, in both alike.
@@ -91,7 +93,11 @@ def gathered(quality: Quality, at_half_a_pass: float | None, tmp_path: Path, *, 
     if fails:
         comparison.runner.failed = {leg: fails for by_seed in baseline.values() for leg in by_seed.values()}
         finals[parse_arm("A")] = {16.0: {s: leg("conventional", 16.0, s, begin + 4 * step) for s in SEEDS}}
-    settings = {key: Settings(0.1, 64) for key in "ABD"}
+    if also_fails:
+        failing = {s: leg("subsets", 1.0, s, None) for s in SEEDS}
+        finals[parse_arm("E")] = {1.0: failing}
+        comparison.runner.failed |= dict.fromkeys(failing.values(), also_fails)
+    settings = {key: Settings(0.1, 64) for key in "ABDE"}
     found = gather(comparison, finals, settings, margin=0.01, bandwidth=2.0)
     directory = RunDirectory(str(tmp_path), "c")
     head = {"name": "c", "uri": directory.uri, "config": Config().to_dict(), "environment": None}
@@ -121,6 +127,23 @@ def test_the_verdict_follows_the_qualitys_direction(quality: Quality, good: floa
     assert point["difference"]["estimate"] == pytest.approx(bad - good)  # raw: the arm's less the conventional one's
     assert point["difference"]["low"] <= point["difference"]["high"]
     assert not point["is_non_inferior"]
+
+
+def test_a_claim_is_not_refuted_while_another_arm_failed_at_what_may_be_a_tenth(compared: Compared):
+    failed = compared(R2, 0.2, also_fails="RuntimeError: out of memory")["verdicts"]
+    # one pass is more than a tenth of 8 in total, but may be half as long for two workers
+    assert (failed["total"]["word"], failed["critical_path"]["word"]) == ("refuted", "inconclusive")
+    assert failed["critical_path"]["text"].endswith("E failed, and may be as good.")
+    diverged = compared(R2, 0.2, also_fails="DivergedError: the loss is not finite")["verdicts"]
+    assert {verdict["word"] for verdict in diverged.values()} == {"refuted"}
+
+
+def test_equal_accuracies_on_ten_test_examples_are_not_certainly_equal(compared: Compared, monkeypatch: Any):
+    monkeypatch.setattr(Done, "tested", lambda leg: {"loss": 1.0, "num_examples": 10, "accuracy": 0.9})
+    (point,) = compared(ACCURACY, 0.9)["arms"][1]["points"]
+    assert point["difference"]["low"] == pytest.approx(-0.0555, abs=1e-4)  # 2.776 * 0.1 / 5
+    assert not point["is_non_inferior"]  # by more than 1 point
+    assert point["mean"]["test_accuracy_interval"]["high"] == pytest.approx(0.9555, abs=1e-4)
 
 
 def test_numbers_of_a_comparison_are_in_the_qualitys_units(compared: Compared):

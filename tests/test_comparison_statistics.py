@@ -46,6 +46,22 @@ def test_one_seed_tells_nothing_of_the_spread():
     assert t_interval([0.5]).high == math.inf
 
 
+def test_equal_values_are_certain_to_one_test_example_only():
+    """Five seeds that agree on 20 examples had an interval of width 0."""
+    from scipy import stats
+
+    one_off = [0.95, 0.95, 0.95, 0.95, 1.0]  # the next that 20 examples can give
+    half = stats.sem(one_off) * stats.t.ppf(0.975, 4)
+    found = t_interval([0.95] * 5, step=1 / 20)
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.95, 0.95 - half, 0.95 + half))
+    unlike = t_interval(one_off, step=1 / 20)
+    assert unlike == t_interval(one_off)
+    assert unlike.high - unlike.low == pytest.approx(2 * half)
+    assert paired_difference({0: 0.3, 1: 0.1 + 0.2}, {0: 0.1, 1: 0.1}, step=0.01).low == pytest.approx(  # type: ignore
+        0.2 - 0.01 / 2 * stats.t.ppf(0.975, 1)
+    )
+
+
 def test_min_and_max_cover_the_median_as_often_as_is_said():
     rng = np.random.default_rng(0)
     draws = rng.normal(size=(20_000, 5))
@@ -221,6 +237,22 @@ def test_without_a_cheap_run_nothing_is_refuted():
     judged = judge([], {"G": found}, conventional_passes=8, margin=0.005, num_seeds=5)
     assert judged.word == "inconclusive"
     assert "no arm was run" in judged.text
+
+
+def test_an_arm_that_failed_may_be_as_good_as_claimed():
+    found, cheap = planted(shift=-0.1)
+    judged = partial(judge, cheap, {"G": found}, conventional_passes=8, margin=0.005, num_seeds=5)
+    assert judged().word == judged([("H", 0.81)]).word == "refuted"  # 0.81 passes are more than a tenth of 8
+    untold = judged([("H", 0.8)])
+    assert untold.word == "inconclusive"
+    assert untold.text.endswith(" H failed, and may be as good.")
+    without_cheap = partial(judge, [], {"G": found}, conventional_passes=8, margin=0.005, num_seeds=5)
+    assert without_cheap().word == "vacuous"
+    assert without_cheap([("H", 4.0)]).word == "inconclusive"
+    good, as_good = planted(cost=20)
+    assert (
+        judge(as_good, {"G": good}, [("H", 0.5)], conventional_passes=8, margin=0.005, num_seeds=5).word == "confirmed"
+    )
 
 
 def test_few_seeds_are_called_a_smoke_test():

@@ -10,7 +10,7 @@ from typing import TypeVar, get_args
 
 from raysubset.comparison.arms import Arm, Settings
 from raysubset.comparison.network import BANDWIDTHS, Communication, Exchange, all_reduce_bytes, critical_bytes
-from raysubset.comparison.records import Record
+from raysubset.comparison.records import Record, has_diverged
 from raysubset.comparison.regime import Curves, Way, regime_at, regime_text, way_of
 from raysubset.comparison.running import Comparison, Finals, flat
 from raysubset.comparison.statistics import (
@@ -54,7 +54,9 @@ def gather(
     legs = Legs(full_set, plan, failed)
     done = (leg for leg in flat(finals) if leg not in failed)
     at_once(legs.works, closure(*done, *comparison.tuning_legs))  # one by one they took minutes from slow storage
-    arms = [_arm(arm, by_budget, settings[arm.key], legs, quality) for arm, by_budget in finals.items()]
+    data = data_record(full_set)
+    step = 1 / data["num_test"] if quality.is_share else 0.0
+    arms = [_arm(arm, by_budget, settings[arm.key], legs, quality, step) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     finished = [point for point in baseline if not any(run["error"] for run in point["runs"])]
     budget = cheapest_within_error({point["budget"]: _validation_losses(point["runs"]) for point in finished})
@@ -66,11 +68,17 @@ def gather(
     gains: list[tuple[str, Interval, Record]] = []  # of candidates at their points, and the means there
     for arm in arms:
         for point in arm["points"]:
-            gain = paired_difference(_gains(point["runs"], quality), reference)
+            gain = paired_difference(_gains(point["runs"], quality), reference, step=step)
             point["difference"] = None if gain is None else dataclasses.asdict(_turned(gain, quality))
             point["is_non_inferior"] = None if gain is None else gain.low > -margin
             if gain is not None and arm["role"] == "candidate":
                 gains.append((arm["key"], gain, point["mean"]))
+    failed_at = [
+        (arm["key"], point["budget"])
+        for arm in arms
+        for point in arm["points"]
+        if arm["role"] == "candidate" and point["mean"] is None and not all(map(has_diverged, point["runs"]))
+    ]
     speed_ups, verdicts = dict[str, dict[str, SpeedUp]](), dict[str, Verdict]()
     for clock, field in CLOCKS.items():
 
@@ -78,12 +86,14 @@ def gather(
             return run[field]
 
         base, passes = _curves(baseline, cost, quality), conventional["mean"][field]
+        least = 1 if clock == "total" else 1 / num_workers  # of a budget's passes, what an arm that failed would cost
         curves = {arm["key"]: _curves(arm["points"], cost, quality) for arm in arms if arm["role"] != "baseline"}
         speed_ups[clock] = {key: speed_up(base, curve, target) for key, curve in curves.items() if curve}
         candidates = {arm["key"] for arm in arms if arm["role"] == "candidate"}
         verdicts[clock] = judge(
             [(key, gain) for key, gain, mean in gains if mean[field] <= TENTH * passes],
             {key: of_arm for key, of_arm in speed_ups[clock].items() if key in candidates},
+            [(key, least * budget) for key, budget in failed_at],
             conventional_passes=passes,
             margin=margin,
             quality=quality,
@@ -96,7 +106,7 @@ def gather(
     regimes = {speed: regime_at(speed, ways, **rule) for speed in bandwidths}
     return {
         "task": task_record(full_set),
-        "data": data_record(full_set),
+        "data": data,
         "model": plan.network,
         "regime": {
             "overdetermination_ratio": plan.ratios,
@@ -249,12 +259,17 @@ def _file_sizes(leg: Leg) -> dict[str, int]:
 
 
 def _arm(
-    arm: Arm, by_budget: Mapping[float, Mapping[int, Leg]], settings: Settings, legs: Legs, quality: Quality
+    arm: Arm,
+    by_budget: Mapping[float, Mapping[int, Leg]],
+    settings: Settings,
+    legs: Legs,
+    quality: Quality,
+    step: float,
 ) -> Record:
     points, recipe = [], flat({arm: by_budget})[0].config.minimize
     for budget, by_seed in by_budget.items():
         runs = [legs.run(leg, seed) for seed, leg in by_seed.items()]
-        mean = _means([run for run in runs if run["error"] is None], quality)
+        mean = _means([run for run in runs if run["error"] is None], quality, step)
         points.append({"budget": budget, "runs": runs, "mean": mean})
     return {
         "key": arm.key,
@@ -267,12 +282,12 @@ def _arm(
     }
 
 
-def _means(runs: Sequence[Record], quality: Quality) -> Record | None:
+def _means(runs: Sequence[Record], quality: Quality, step: float) -> Record | None:
     """Return means over the seeds that finished, with Student's t interval of test quality; None if none finished."""
     if not runs:
         return None
     names = "passes critical_path_passes num_steps device_s critical_path_s num_network_bytes storage_reads"
-    test_interval = _turned(t_interval(list(_gains(runs, quality).values())), quality)
+    test_interval = _turned(t_interval([*_gains(runs, quality).values()], step=step), quality)
     return {name: statistics.fmean(run[name] for run in runs) for name in names.split()} | {
         "num_seeds": len(runs),
         f"test_{quality.name}": test_interval.estimate,

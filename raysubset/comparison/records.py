@@ -29,5 +29,10 @@ class ComparisonReport(Shown):
     def has_failed(self) -> bool:
         """Return True if a compared run failed, or a tuning run for another reason than that its loss diverged."""
         runs = (run for arm in self.arms for point in arm["points"] for run in point["runs"])
-        reasons = self.record["failed"].values()
-        return any(run["error"] for run in runs) or any("DivergedError" not in reason for reason in reasons)
+        tuning = ({"error": reason} for reason in self.record["failed"].values())
+        return any(run["error"] for run in runs) or not all(map(has_diverged, tuning))
+
+
+def has_diverged(run: Record) -> bool:
+    """Return True if a run failed because its loss diverged, which is a result of its method."""
+    return "DivergedError" in (run["error"] or "")

@@ -35,8 +35,12 @@ class Interval:
     num: int  # seeds
 
 
-def t_interval(values: Sequence[float]) -> Interval:
+def t_interval(values: Sequence[float], *, step: float = 0.0) -> Interval:
     """Return the mean with Student's t interval. A single value, or one that is not finite, gives (-inf, inf).
+
+    Args:
+        step: what one test example changes in a value. Equal values are no certainty: one of them then counts as a
+            step off, as the next that could have been found.
 
     Raises:
         ValueError: if there is no value.
@@ -48,7 +52,10 @@ def t_interval(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) == 1 or not math.isfinite(mean):
         return Interval(mean, -math.inf, math.inf, COVERAGE, len(values))
-    half = stats.t.ppf((1 + COVERAGE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    deviation = statistics.stdev(values)
+    if math.isclose(min(values), max(values), rel_tol=0, abs_tol=step / 2):
+        deviation = step / math.sqrt(len(values))  # the standard deviation of 0, …, 0, step
+    half = stats.t.ppf((1 + COVERAGE) / 2, len(values) - 1) * deviation / math.sqrt(len(values))
     return Interval(mean, mean - float(half), mean + float(half), COVERAGE, len(values))
 
 
@@ -131,10 +138,12 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def paired_difference(arm: Mapping[int, float], reference: Mapping[int, float]) -> Interval | None:
-    """Return arm minus reference over the seeds that both have; None if they share no seed."""
+def paired_difference(
+    arm: Mapping[int, float], reference: Mapping[int, float], *, step: float = 0.0
+) -> Interval | None:
+    """Return arm minus reference over the seeds that both have; None if they share no seed. `step`: as t_interval()."""
     seeds = [seed for seed in reference if seed in arm]
-    return t_interval([arm[seed] - reference[seed] for seed in seeds]) if seeds else None
+    return t_interval([arm[seed] - reference[seed] for seed in seeds], step=step) if seeds else None
 
 
 def cheapest_within_error(losses: Mapping[float, Sequence[float]]) -> float:

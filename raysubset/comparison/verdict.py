@@ -30,6 +30,7 @@ class Verdict:
 def judge(
     cheap: Sequence[tuple[str, Interval]],
     speed_ups: Mapping[str, SpeedUp],
+    failed: Sequence[tuple[str, float]] = (),
     *,
     conventional_passes: float,
     margin: float,
@@ -44,6 +45,9 @@ def judge(
     3. Confirmed: an arm is non-inferior at no more than a tenth, and the whole interval of its speed-up is at least 10.
     4. Otherwise inconclusive.
 
+    An arm that failed, with all seeds of a budget and for another reason than a loss that diverged, may be as good: if
+    that budget may be a tenth, the claim is not refuted, and at any budget not vacuous.
+
     If neither an arm nor the conventional runs reach the quality with some seed, the arm's speed-up may be anything. It
     is then neither vacuous nor confirmed.
 
@@ -51,6 +55,7 @@ def judge(
         cheap: arms of subset pretraining at budgets of no more than a tenth of the conventional cost, each with its
             gain: test quality minus the conventional run's, paired by seed, so that more is better.
         speed_ups: of the arms of subset pretraining that finished with any seed. A seed that failed has S = 0.
+        failed: arms of subset pretraining that failed at a budget, with the fewest passes that this may have cost.
         conventional_passes: C_conv, of the cheapest conventional run within one standard error of the best.
         margin: of non-inferiority, in the quality's units.
         quality: the metric by which arms are judged.
@@ -71,11 +76,12 @@ def judge(
     good = {arm for arm, gain in cheap if gain.low > -margin}
     claimants = [arm for arm in sorted(good & speed_ups.keys()) if speed_ups[arm].interval.low >= CLAIMED]
     arm, word = best, "inconclusive"
-    if cheap and all(gain.high < -margin for _, gain in cheap):
+    has_cheap_failed = any(passes <= TENTH * conventional_passes for _, passes in failed)
+    if cheap and not has_cheap_failed and all(gain.high < -margin for _, gain in cheap):
         names = ", ".join(sorted({name for name, _ in cheap}))
         short = f"{names} fall short by more than {quality.show(margin)}"
         word, text = "refuted", f"no arm is as good at {limit}: {short}; {of_best}."
-    elif all(speed_up.interval.high < VACUOUS_BELOW for speed_up in speed_ups.values()):
+    elif not failed and all(speed_up.interval.high < VACUOUS_BELOW for speed_up in speed_ups.values()):
         word, text = "vacuous", f"no arm's speed-up reaches {VACUOUS_BELOW:g}: {of_best}."
     elif claimants:
         arm, word = max(claimants, key=lambda name: speed_ups[name].interval.estimate), "confirmed"
@@ -89,6 +95,8 @@ def judge(
             text += (
                 f" With some seeds neither conventional training nor {names} reached the quality: give larger budgets."
             )
+        if failed:
+            text += f" {', '.join(sorted({name for name, _ in failed}))} failed, and may be as good."
     return Verdict(word, prefix + text, arm, speed_ups[arm].interval, is_smoke_test)
 
 
