@@ -50,13 +50,16 @@ class Measured:
         self.model, self.losses = nn.Linear(1, 1, bias=False), losses
 
     def watched(self, watch: ValidationWatch, *, num: int) -> list[str | None]:
-        history = [EpochRecord(epoch, 1.0, 0.1, epoch) for epoch in range(1, num + 1)]
+        history = self.history(num)
         outcomes = []
         for epoch in range(1, num + 1):
             nn.init.constant_(self.model.weight, epoch)
             progress = Progress(len(self.losses), 1, step=epoch, epoch_ended=True, history=history[:epoch])
             outcomes.append(watch.look(progress))
         return outcomes
+
+    def history(self, num: int) -> list[EpochRecord]:
+        return [EpochRecord(epoch, 1.0, 0.1, epoch) for epoch in range(1, num + 1)]
 
     def measure(self) -> Any:
         loss = self.losses[int(self.model.weight.item()) - 1]
@@ -81,7 +84,8 @@ def test_it_ends_after_so_many_looks_without_a_lower_loss_and_keeps_the_best(
     watch = ValidationWatch(measured.model, measured.measure, patience=patience)
     outcomes = measured.watched(watch, num=ends_at or len(losses))
     assert outcomes == [None] * (len(outcomes) - 1) + ["validation" if ends_at else None]
-    watch.settle()
+    watch.settle(measured.history(len(outcomes)))
+    assert len(watch.looks) == len(outcomes)
     assert measured.model.weight.item() == best
 
 
@@ -89,11 +93,36 @@ def test_it_looks_every_so_many_epochs_and_at_the_end_and_lets_the_last_weights_
     measured = Measured([1, 2, 3, 4, 5])
     watch = ValidationWatch(measured.model, measured.measure, every=2)
     measured.watched(watch, num=5)
-    watch.settle()
+    watch.settle(measured.history(5))
     assert [look["epoch"] for look in watch.looks] == [2, 4, 5]
     assert measured.model.weight.item() == 5
     curve = watch.history([{"num_steps": step} for step in range(1, 6)])
     assert [bool(record.get("validation")) for record in curve] == [False, True, False, True, True]
+
+
+def test_the_last_epoch_is_measured_also_if_a_tolerance_ended_it_between_two_measurements() -> None:
+    measured = Measured([5, 4, 3, 9, 9, 9])
+    watch = ValidationWatch(measured.model, measured.measure, every=2, patience=1)
+    measured.watched(watch, num=3)
+    watch.settle(measured.history(3))
+    assert [look["epoch"] for look in watch.looks] == [2, 3]
+    assert measured.model.weight.item() == 3  # the best of those measured
+
+
+def test_a_piece_that_a_target_ends_between_two_measurements_is_measured_at_its_end(
+    full_set: FullSet, start: Weights, tmp_path: Path
+) -> None:
+    plain, _ = left(RunDirectory(str(tmp_path), "plain"), full_set, start, minimize__validate_every=5)
+    target = plain["history"][2]["loss"]  # of the third epoch, the lowest so far
+    options = {"minimize__validate_every": 5, "minimize__target_loss": target}
+    record, _ = left(RunDirectory(str(tmp_path), "ended"), full_set, start, **options)
+    assert record["outcome"] == "target"
+    assert [look["epoch"] for look in record["history"] if "validation" in look] == [3]
+    assert record["history"][-1]["validation"]["loss"] == pytest.approx(record["validation"]["loss"], rel=1e-6)
+    num_looked = len(full_set.validation)
+    assert record["cost"]["num_forward"] == 24 * 3 + num_looked + (
+        plain["cost"]["num_forward"] - 24 * 12 - 3 * num_looked
+    )
 
 
 def left(directory: RunDirectory, full_set: FullSet, start: Weights, **overrides: Any) -> tuple[dict[str, Any], Piece]:

@@ -1,11 +1,11 @@
 """ValidationWatch: measures validation data during training, keeps the best weights, and says when to stop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from raysubset.training.records import Metrics, Progress
+from raysubset.training.records import EpochRecord, Metrics, Progress
 
 
 class ValidationWatch:
@@ -41,22 +41,30 @@ class ValidationWatch:
         num_epochs = len(progress.history)
         if not progress.epoch_ended or (num_epochs % self._every and progress.step < progress.num_steps):
             return None
-        metrics = self._validate() if progress.validation is None else progress.validation
-        self.looks.append({**progress.history[-1].to_dict(), "validation": metrics.to_dict()})
+        self._measure(progress.history[-1], progress.validation)
+        return self._outcome()
+
+    def _measure(self, record: EpochRecord, known: Metrics | None) -> None:
+        metrics = self._validate() if known is None else known
+        self.looks.append({**record.to_dict(), "validation": metrics.to_dict()})
         if not self._best or metrics.compared_loss < self._best["loss"]:
             self._best = {"loss": metrics.compared_loss}
             if self._patience:
                 self._best["at"] = len(self.looks)
             if self._keeps_best:
                 self._best["model"] = {key: v.detach().clone() for key, v in self._model.state_dict().items()}
-        return self._outcome()
 
     def _outcome(self) -> str | None:
         is_over = self._patience and len(self.looks) - self._best.get("at", len(self.looks)) >= self._patience
         return "validation" if is_over else None
 
-    def settle(self) -> None:
-        """Load the weights that are the result into the model."""
+    def settle(self, history: Sequence[EpochRecord]) -> None:
+        """Load the weights that are the result into the model of a finished minimization.
+
+        Its last epoch is measured first if it was not: nobody knew in look() that a tolerance had ended it.
+        """
+        if history and (not self.looks or self.looks[-1]["num_steps"] != history[-1].num_steps):
+            self._measure(history[-1], None)
         if self._keeps_best and self._best:
             self._model.load_state_dict(self._best["model"])
 

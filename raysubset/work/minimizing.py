@@ -379,7 +379,7 @@ class Minimizer:
         if job.watch is None:
             return [result]
         if result.outcome != "stopped":
-            job.watch.settle()
+            job.watch.settle(result.history)
         return [replace(result, cost=result.cost + job.validation_cost)]
 
     def _watch(self, job: _Job) -> ValidationWatch | None:
