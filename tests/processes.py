@@ -210,7 +210,7 @@ def install(monkeypatch: pytest.MonkeyPatch, num_cpus: float = 4) -> Processes:
     processes = Processes(num_cpus)
     for module in (connecting, resources, tasks, crew, pool):
         monkeypatch.setattr(module, "ray", processes)
-    monkeypatch.setattr(worker, "published", lambda key, reports: nullcontext())
+    monkeypatch.setattr(worker, "published", lambda *_: nullcontext())
     monkeypatch.setattr(auto_init_hook, "enable_auto_connect", False)  # else Ray starts where one of its calls is left
     monkeypatch.setattr(resources, "_published_groups", list)
     monkeypatch.setattr(resources, "_autoscaling_state", lambda: _NO_AUTOSCALER)

@@ -103,7 +103,7 @@ def test_a_damaged_file_that_a_worker_meets_is_the_drivers_to_have_made_again(di
         raise damage
 
     monkeypatch.setattr(worker, "_train", meet)
-    monkeypatch.setattr(worker, "published", lambda key, reports: nullcontext())
+    monkeypatch.setattr(worker, "published", lambda *_: nullcontext())
     monkeypatch.setattr(streaming, "own_address", lambda: "there")
     context = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
     monkeypatch.setattr(worker, "ray", SimpleNamespace(train=SimpleNamespace(get_context=lambda: context)))

@@ -11,7 +11,7 @@ from raysubset.cluster import authentication  # before Ray, which reads the mode
 import ray
 
 from raysubset.cluster.connection import connected, reached, started_ahead
-from raysubset.cluster.pulses import Process, forget, kill_processes, processes_at, published
+from raysubset.cluster.pulses import Process, forget, kill_processes, processes_at, published, request_stop
 from raysubset.cluster.resources import (
     ASK_FOR_LESS,
     WAIT_NOTICE_S,

@@ -2,10 +2,12 @@
 
 with published(key, minimizer.reports): ...  # in the process that works
 for process in processes_at(key).values(): watch.hear(process.pulse, process.pid)  # in the process that watches
+request_stop(key)  # likewise: the process that works calls what it gave as on_stop
 """
 
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from raysubset.cluster.resources import own_address
 from raysubset.pulse import Pulse, begin, pulse
 
 _EVERY_S = 1.0
-_NAMESPACE = "raysubset.pulses"
+_NAMESPACE, _STOPS = "raysubset.pulses", "raysubset.stops"
 _KILL_S = 10.0  # seconds for a node to end a process
 
 
@@ -40,10 +42,12 @@ class Process:
 
 
 @contextmanager
-def published(key: str, reports: Callable[[], Mapping[int, Any]]) -> Iterator[None]:
+def published(
+    key: str, reports: Callable[[], Mapping[int, Any]], on_stop: Callable[[], None] | None = None
+) -> Iterator[None]:
     """Publish this process's pulse and reports under the key for the length of the block.
 
-    If the process dies, they stay.
+    A thread calls on_stop() within a second after request_stop(key). If the process dies, what it published stays.
     """
     context, group = ray.get_runtime_context(), ray.util.get_current_placement_group()
     place = (own_address(), context.get_node_id(), getpid(), group.id.hex() if group else "")
@@ -56,6 +60,8 @@ def published(key: str, reports: Callable[[], Mapping[int, Any]]) -> Iterator[No
             record = pickle.dumps(Process(pulse(), reports(), *place))
             with suppress(RpcError):  # the control store may answer the next time
                 internal_kv._internal_kv_put(key, record, overwrite=True, namespace=_NAMESPACE)
+                if on_stop and internal_kv._internal_kv_exists(key, namespace=_STOPS):
+                    on_stop()
             is_last = stop.wait(_EVERY_S)
 
     thread = threading.Thread(target=publish, daemon=True, name="raysubset-pulse")
@@ -75,6 +81,15 @@ def processes_at(prefix: str) -> dict[str, Process]:
         if record := internal_kv._internal_kv_get(key, namespace=_NAMESPACE):
             processes[key.decode().removeprefix(prefix)] = pickle.loads(record)
     return processes
+
+
+def request_stop(key: str, *, timeout_s: float) -> None:
+    """Ask the process that publishes under the key, if any, to stop, and wait until it has left its block."""
+    internal_kv._internal_kv_put(key, b"", namespace=_STOPS)
+    until = time.monotonic() + timeout_s
+    while internal_kv._internal_kv_exists(key, namespace=_NAMESPACE) and time.monotonic() < until:
+        time.sleep(0.05)
+    internal_kv._internal_kv_del(key, namespace=_STOPS)
 
 
 def forget(prefix: str) -> None:

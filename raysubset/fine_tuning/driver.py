@@ -28,7 +28,7 @@ def fine_tune(run: Run, piece: Piece, *, num_gpus: float) -> dict[str, Any]:
     killed (actors.stall_s), the group restarts from the last checkpoint, with fewer workers if fine_tuning.min_workers
     is set, until actors.max_attempts in a row have left no new checkpoint. The same happens if a controller dies. A
     diverging loss, and errors of a worker's own work, are not tried again. If the driver dies, the same call resumes
-    from the last checkpoint; a finished stage is left as it is.
+    from the last checkpoint, which Ctrl-C has the first worker write; a finished stage is left as it is.
 
     Raises:
         ValueError: if the workers can never be placed, the loss diverges, or the files of a streamed set have changed.

@@ -22,5 +22,10 @@ class Job:
     workplace: Workplace  # the driver's: Ray Train starts its workers elsewhere
 
 
+def pulse_key(key: str, rank: int) -> str:
+    """Return the key under which a worker publishes its pulse, below the job's."""
+    return f"{key}/{rank:05d}"
+
+
 class FineTuningFailed(RuntimeError):
     """Ray Train gave up; the message names the stage and the cause."""

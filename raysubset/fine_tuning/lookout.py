@@ -9,6 +9,7 @@ import ray
 
 from raysubset.cluster import (
     ASK_FOR_LESS,
+    STOP_GRACE_S,
     WAIT_NOTICE_S,
     Process,
     describe,
@@ -20,9 +21,10 @@ from raysubset.cluster import (
     offers,
     processes_at,
     remove_groups,
+    request_stop,
 )
 from raysubset.events import Attempt, Note, OnEvent, Retry, Waiting
-from raysubset.fine_tuning.job import Job
+from raysubset.fine_tuning.job import Job, pulse_key
 from raysubset.pulse import Pulse, Watch
 
 MOST_START_S = 900.0  # for workers with a place to begin: their processes start and read the full set
@@ -75,6 +77,10 @@ class TrainLookout:
                 self._tell_progress(int(rank.strip("/")), process)
         elif now - self._starting_at > MOST_START_S:
             ray.kill(controller)  # fit() reports it
+
+    def stop(self) -> None:
+        """Let the first worker, whose weights are all workers', write a checkpoint and return."""
+        request_stop(pulse_key(self.key, 0), timeout_s=STOP_GRACE_S)
 
     def _watch_steps(self, workers: Sequence[Process]) -> None:
         """Warn if no worker has made a step for too long, and kill them after as long again."""

@@ -83,11 +83,12 @@ class Attempts(DefaultFailurePolicy):
 class WatchedTrainer(TorchTrainer):
     """Calls `look` with the controller while fit() waits for it; an exception from `look` ends the job.
 
-    However fit() ends, the controller, its workers and their placement group are gone. Ctrl-C raises KeyboardInterrupt
-    from it; TorchTrainer's own handler would end the process as if all had succeeded.
+    However fit() ends, the controller, its workers and their placement group are gone. Ctrl-C calls `stop` and raises
+    KeyboardInterrupt from it; TorchTrainer's own handler would end the process as if all had succeeded.
     """
 
     look: Callable[[Any], None]
+    stop: Callable[[], None]
     attempts: Attempts
     start_timeout_s: float  # for a group of workers to get places; after that the controller counts a failure
 
@@ -115,12 +116,14 @@ class WatchedTrainer(TorchTrainer):
             ray.kill(controller)  # by itself it would end later, or never if one of its threads hangs
             return result
         except BaseException as error:
-            self._end(controller, has_died=isinstance(error, SYSTEM_ERRORS))
+            self._end(controller, error)
             raise
 
-    def _end(self, controller: Any, *, has_died: bool) -> None:
+    def _end(self, controller: Any, error: BaseException) -> None:
         try:
-            if not has_died:
+            if isinstance(error, KeyboardInterrupt):
+                self.stop()
+            if not isinstance(error, SYSTEM_ERRORS):
                 ray.wait([controller.abort.remote()], timeout=STOP_GRACE_S)
         finally:  # also if a second Ctrl-C cuts the grace period short
             ray.kill(controller)
@@ -138,7 +141,7 @@ def fit(job: Job, *, tell: OnEvent) -> None:
         directory.delete(f"{stage}/{FOLDER}")  # workers need nothing of what Ray Train has left
         directory.newest_checkpoint(stage)  # warns of a damaged one, where the user sees it
         trainer = _trainer(job, least=least, pulses=lookout.key)
-        trainer.look = lookout.look
+        trainer.look, trainer.stop = lookout.look, lookout.stop
         tell(Waiting(f"{stage}: Ray Train starts {counted(piece.num_workers, 'worker')}"))
         try:
             diverged = trainer.fit().return_value

@@ -8,7 +8,7 @@ import torch
 from raysubset.cluster import get_shared, own_address, published
 from raysubset.costs import count_bytes
 from raysubset.errors import CorruptFile, one_line
-from raysubset.fine_tuning.job import Job
+from raysubset.fine_tuning.job import Job, pulse_key
 from raysubset.fine_tuning.streaming import minimizer_on
 from raysubset.run_directory import left_out_path
 from raysubset.run_directory.ledger import Ledger
@@ -20,6 +20,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     """Run one worker. All do the job's piece as an actor would, from the newest checkpoint in the run directory.
 
     They report nothing to Ray Train: its own checkpoints would be a second kind, in which damage is found elsewhere.
+    If the driver asks the first worker to stop, it writes a checkpoint and returns, and the others wait to be ended.
 
     Returns:
         Why the loss diverged, if it did. It is not raised, because Ray Train would try again and diverge in the same
@@ -36,7 +37,7 @@ def train_loop(settings: dict[str, Any]) -> str | None:
     job.workplace.enter()
     minimizer = minimizer_on(job.full_set_ref, num_gpus=job.num_gpus, shard=shard)
     try:
-        with published(f"{settings['pulses']}/{shard.rank:05d}", minimizer.reports):
+        with published(pulse_key(settings["pulses"], shard.rank), minimizer.reports, minimizer.request_stop):
             _train(job, minimizer, shard.rank)
     except DivergedError as error:  # all workers raise it at the same step, because they share losses and weights
         return one_line(error)

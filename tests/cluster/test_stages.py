@@ -12,7 +12,7 @@ import torch
 from raysubset import Config, load_model, run
 from raysubset.cluster import call_on_cluster, groups_of, put_once, remove_groups, tasks, workplace
 from raysubset.data import load_full_set
-from raysubset.events import Event, Note, Stage
+from raysubset.events import Event, Note, Progress, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
 from raysubset.fine_tuning.job import Job
 from raysubset.fine_tuning.lookout import TrainLookout
@@ -162,6 +162,27 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     assert any(re.match(r"fine_tuning stands still on [\d.]+: no step for", warning) for warning in warnings), warnings
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
     assert {number: signal.getsignal(number) for number in handlers} == handlers  # Train's own would end us with 0
+
+
+def test_a_train_job_that_is_stopped_leaves_a_checkpoint_of_its_last_step(tmp_path: Path) -> None:
+    overrides = {"fine_tuning.epochs": 1000.0, "actors.checkpoint_epochs": 1000.0, "actors.checkpoint_s": 1000.0}
+    made = Config(name="stopped", storage_path=str(tmp_path)).with_overrides(overrides)
+    full_set, directory, at_work = load_full_set(made.data), RunDirectory(str(tmp_path), "stopped"), list[Progress]()
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Progress):
+            at_work.append(event)
+            raise KeyboardInterrupt  # as Ctrl-C, and `ray job stop`, do
+
+    piece = Piece(made, directory, "fine_tuning", by_train=True, num_workers=2)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(Run(made, directory, full_set, put_once(full_set), tell), piece, num_gpus=0.0)
+    checkpoint = directory.newest_checkpoint("fine_tuning")
+    assert checkpoint
+    (work,) = Ledger(directory).read()
+    assert work.outcome == "interrupted"
+    assert checkpoint[1]["position"][1] == work.cost.num_steps >= at_work[0].epoch > 0
+    assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
 
 
 def test_places_of_a_group_that_ray_train_forgot_are_freed_for_the_next(tmp_path: Path) -> None:
