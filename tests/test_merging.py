@@ -35,6 +35,32 @@ def test_complex_numbers_are_averaged_and_must_be_finite():
         merge([members[0], {"w": torch.tensor([1 + 1j, complex(0, float("nan"))])}])
 
 
+class Tied(nn.Module):
+    """An embedding whose vectors are the weights of the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("method", ["dare", "regmean"])
+def test_tied_weights_have_the_value_that_a_network_has_of_them_when_it_is_loaded(method):
+    torch.manual_seed(1)
+    networks, rows = [Tied() for _ in range(3)], torch.randn(3, 9, 5)
+    grams = [{"gram": {"head": (x.T @ x).unsqueeze(0)}} for x in rows]
+    members, start = [network.state_dict() for network in networks], Tied().state_dict()
+    merged = merge(members, method, start=start, statistics=grams)
+    assert torch.equal(merged["embedding.weight"], merged["head.weight"])
+    apart = [{key: value.clone() for key, value in state.items()} for state in members]  # nothing tells that they are
+    two = merge(apart, method, start=start, statistics=grams)
+    assert not torch.equal(two["embedding.weight"], two["head.weight"])
+    networks[0].load_state_dict(two)
+    assert torch.equal(merged["head.weight"], networks[0].head.weight)
+    told = merge(apart, method, start=start, statistics=grams, network=networks[1])
+    assert all(torch.equal(told[key], value) for key, value in merged.items())
+
+
 def test_a_weighted_soup_goes_by_sizes():
     merged = merge(MEMBERS[:2], "weighted_soup", sizes=[3, 1])
     expected = 0.75 * MEMBERS[0]["0.weight"] + 0.25 * MEMBERS[1]["0.weight"]

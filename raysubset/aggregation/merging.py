@@ -16,7 +16,7 @@ from raysubset.aggregation.records import Aggregate, Context, Minimum
 from raysubset.config import AggregationConfig, MinimizeConfig
 from raysubset.data import Examples
 from raysubset.errors import with_article
-from raysubset.models import averaged_names, trainable_names
+from raysubset.models import averaged_names, tied_names, trainable_names
 from raysubset.tasks import Classification, TensorInputs
 from raysubset.training import Metrics, Weights
 
@@ -50,7 +50,8 @@ def merge(
         score: returns the held-out loss of any weights, for greedy_soup; less is better.
         statistics: of each member, by kind: {"fisher": diagonal by parameter}, {"gram": XᵀX by layer, [groups, K, K]},
             {"subsample": the weights of its minimum on a part of its data}.
-        network: of the members' architecture, for aligned_soup. It also tells which tensors are trainable.
+        network: of the members' architecture, for aligned_soup. It also tells which tensors are trainable, and which
+            are tied; without it, those are that share memory in the first member.
         examples: (inputs [N, …], labels [N]) for aligned_soup, as the network takes them.
         seed: of dare's random draws.
 
@@ -116,6 +117,7 @@ def merge(
         score=measure,
         align=align,
         seed=seed,
+        tied=tied_names(members[0] if network is None else network.state_dict()),
     )
     return combine_in(context, minima, config).weights
 

@@ -150,9 +150,15 @@ def combine(
 
 
 def combine_in(context: Context, minima: Sequence[Minimum], config: AggregationConfig) -> Aggregate:
-    """Return the aggregate by the config's method. It is refused if the method averages and minima share no start."""
+    """Return the aggregate by the config's method. It is refused if the method averages and minima share no start.
+
+    Tied weights have one value, their last name's: a state dict that is loaded leaves it. By the method they may have
+    two, as dare draws for each name, and regmean solves for layers but not for embeddings.
+    """
     _refuse_independent(config, shared_start=shares_start(minima))
-    return method_of(config).combine(minima, context)
+    aggregate = method_of(config).combine(minima, context)
+    last = {name: aggregate.weights[group[-1]] for group in context.tied for name in group}
+    return replace(aggregate, weights=aggregate.weights | last)
 
 
 def _refuse_unmeasured(minima: Sequence[Minimum], context: Context) -> Aggregate:

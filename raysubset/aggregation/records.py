@@ -105,6 +105,7 @@ class Context:
     score: Score  # of any weights, on validation data; its forward work is counted
     align: Callable[[Sequence[Minimum]], Aggregate]  # aligned_soup() on the calibration examples
     seed: int  # of the method's random draws
+    tied: Sequence[Sequence[str]] = ()  # keys of one and the same tensor, in the state dict's order
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from raysubset.aggregation.records import Aggregate, Context, Minimum
 from raysubset.aggregation.soups import ensemble_outputs
 from raysubset.config import AggregationConfig, MinimizeConfig
 from raysubset.data import Examples
-from raysubset.models import trainable_names
+from raysubset.models import tied_names, trainable_names
 from raysubset.training import (
     Cost,
     Metrics,
@@ -76,7 +76,7 @@ class Scorer:
             self._num_forward += soup.alignment["num_forward"]
             return soup
 
-        return Context(start, self.parameter_names, self.score, align, seed)
+        return Context(start, self.parameter_names, self.score, align, seed, tied_names(self._model.state_dict()))
 
     @property
     def parameter_names(self) -> frozenset[str]:

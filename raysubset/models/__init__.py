@@ -17,6 +17,7 @@ from raysubset.models.properties import (
     modes_restored,
     modules_in_training,
     num_parameters,
+    tied_names,
     torch_as_new,
     trainable_names,
 )

@@ -2,7 +2,8 @@
 
 import copy
 import random
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +25,15 @@ def has_batch_norm(model: nn.Module) -> bool:
 def trainable_names(model: nn.Module) -> frozenset[str]:
     """Return the state dict's keys of trainable parameters; tied parameters are under each of their names."""
     return frozenset(name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+
+
+def tied_names(weights: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the keys of a network's state dict that share one tensor, as tied weights do, in the dict's order."""
+    names = defaultdict[Any, list[str]](list)
+    for name, tensor in weights.items():
+        if tensor.numel():
+            names[tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()].append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 def averaged_names(model: nn.Module) -> frozenset[str]:
