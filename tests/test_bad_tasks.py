@@ -92,6 +92,24 @@ def loaded(task: str = "bad_tasks:Own", data: str = "bad_tasks:rows", **settings
             r"gave targets \[2\] for 4 examples: one an example",
         ),
         (
+            "def batch(self, rows, draws):\n        return torch.rand_like(rows['seen']), rows['box']",
+            r"batch\(\) without draws, as evaluation calls it, gives a row other inputs alone than in a batch",
+        ),
+        (
+            "def batch(self, rows, draws):\n        x = rows['box']\n        return x, x.cumsum(0)",
+            r"other targets alone than in a batch: draw only in draw\(\), or compute noise from the row, such as an",
+        ),
+        ("def targets(self, rows):\n        return rows['seen']", "a row other targets alone than in a batch"),
+        (
+            "def draw(self, num, seed):\n        return torch.rand(num, 2)\n\n    def batch(self, rows, draws):\n"
+            "        return (rows['seen'] if draws is None else rows['seen'][:1]), rows['box']",
+            r"gave inputs torch.float32 \[1, 2\], where .* for each of 4 examples",
+        ),
+        (
+            "def batch(self, rows, draws):\n        return rows['seen'][:, : 1 if draws is None else 2], rows['box']",
+            r"gave inputs torch.float32 \[4, 1\], .* of 4 examples, without draws",
+        ),
+        (
             "def loss(self, outputs, targets):\n        return (outputs - targets).square().mean()",
             "and of the batch twice .*: it should be summed over the examples, not their mean",
         ),

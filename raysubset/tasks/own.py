@@ -40,15 +40,7 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
     need, num = partial(_need, task), len(next(iter(rows.values())))
     spec = _called(task, "spec")
     need(isinstance(spec, Spec), f"spec() returned {with_article(spec)}: it should be a raysubset.tasks.Spec")
-    pair = _called(task, "batch", rows, _called(task, "draw", num, 0))
-    are_two = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
-    need(are_two, f"batch() should return {_PAIR}: join several by torch.cat, for forward() or loss() to take apart")
-    inputs, targets = pair
-    kind = "integer" if spec.are_integers else "float"
-    text = f"batch() gave inputs {inputs.dtype} {list(inputs.shape)}, where spec() says {kind} {list(spec.inputs)}"
-    fits = tuple(inputs.shape) == (num, *spec.inputs) and inputs.is_floating_point() is not spec.are_integers
-    need(fits, f"{text} for each of {num} examples")
-    need(len(targets) == num, f"batch() gave targets {list(targets.shape)} for {num} examples: one an example")
+    _, targets = _try_batch(task, rows, spec)
     outputs = torch.randn(num, *spec.outputs, generator=torch.Generator().manual_seed(0)).requires_grad_()
     loss = _called(task, "loss", outputs, targets)
     is_number = isinstance(loss, Tensor) and not loss.ndim and loss.requires_grad
@@ -107,6 +99,39 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
     is_loss = not math.isfinite(value - reported) or math.isclose(value, reported, rel_tol=1e-3, abs_tol=1e-6)
     need(is_loss, f"the quality loss is {value:g} where loss() is {reported:g} an example: give it another name")
     need(task.quality in values, f"quality is {task.quality!r}, and values() gives {', '.join(values)}")
+
+
+def _try_batch(task: Task, rows: Mapping[str, Tensor], spec: Spec) -> tuple[Tensor, Tensor]:
+    """Try batch() without draws, as evaluation calls it, and with draws; return the inputs and targets with draws.
+
+    Without draws, a row must be the same in any batch: outputs of many batches are measured against one targets().
+    """
+    last = {key: values[-1:] for key, values in rows.items()}
+    together, alone = _pair_of(task, rows, None, spec), _pair_of(task, last, None, spec)
+    pairs = {"targets": (_called(task, "targets", last), together[1]), "inputs": (alone[0], together[0])}
+    if task.compares_examples:
+        del pairs["inputs"]
+    for kind, (one, all_rows) in pairs.items():
+        alike = all_rows[-1:].double()
+        is_same = one.shape == alike.shape and torch.allclose(one.double(), alike, rtol=1e-3, atol=1e-6, equal_nan=True)
+        text = f"batch() without draws, as evaluation calls it, gives a row other {kind} alone than in a batch"
+        remedy = "draw only in draw(), or compute noise from the row, such as an array of noise beside the data"
+        _need(task, is_same, f"{text}: {remedy}")
+    return _pair_of(task, rows, _called(task, "draw", len(together[0]), 0), spec)
+
+
+def _pair_of(task: Task, rows: Mapping[str, Tensor], draws: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
+    need, num = partial(_need, task), len(next(iter(rows.values())))
+    pair = _called(task, "batch", rows, draws)
+    are_two = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+    need(are_two, f"batch() should return {_PAIR}: join several by torch.cat, for forward() or loss() to take apart")
+    inputs, targets = pair
+    kind = "integer" if spec.are_integers else "float"
+    text = f"batch() gave inputs {inputs.dtype} {list(inputs.shape)}, where spec() says {kind} {list(spec.inputs)}"
+    fits = tuple(inputs.shape) == (num, *spec.inputs) and inputs.is_floating_point() is not spec.are_integers
+    need(fits, f"{text} for each of {num} examples{'' if draws is not None else ', without draws'}")
+    need(len(targets) == num, f"batch() gave targets {list(targets.shape)} for {num} examples: one an example")
+    return inputs, targets
 
 
 def _called(task: Task, method: str, *arguments: Any, **options: Any) -> Any:

@@ -65,7 +65,8 @@ class Task:
 
         Args:
             rows: the stored tensors, which may be read-only memory: never write to them.
-            draws: the rows of draw() for these examples; None: no augmentation.
+            draws: the rows of draw() for these examples; None: no augmentation, and nothing drawn at random, so that a
+                row becomes the same in every batch.
         """
         raise NotImplementedError
 
