@@ -29,7 +29,8 @@ def test_a_type_is_decided_by_all_of_the_file():
 
 
 def test_columns_of_texts_stay_texts():
-    assert read_csv(b"zip,n\n007,1\n", "set.csv", texts=("zip", "other")).to_pydict() == {"zip": ["007"], "n": [1]}
+    texts = {"zip": pa.string(), "other": pa.string()}
+    assert read_csv(b"zip,n\n007,1\n", "set.csv", types=texts).to_pydict() == {"zip": ["007"], "n": [1]}
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,46 @@ def test_files_that_do_not_go_together_are_refused(tmp_path: Path):
         read_tables(of(tmp_path, target="price"))
     assert [*read_tables(of(tmp_path, target="price", ignored="test")).splits] == ["train"]
     (tmp_path / "test.csv").unlink()
-    (tmp_path / "train-2.csv").write_text("age,sex,price\nold,f,1\n")
-    with pytest.raises(ValueError, match=r"the 2 files of the train split .* do not go together: .*age"):
+    (tmp_path / "train-2.csv").write_text("age,sex,price\n2020-01-01,f,1\n")
+    with pytest.raises(ValueError, match=r"the 2 files of the train split .* do not go together: .*age.*alike in all"):
         read_tables(of(tmp_path, target="price"))
+
+
+def test_values_that_look_otherwise_in_another_csv_file_are_read_as_if_all_were_one_file(tmp_path: Path):
+    written = {  # a day at midnight is written as a date alone
+        "train-0.csv": "zip,at,n,target\n007,2020-01-01,1,0\n8,2020-01-02,2,1\n",
+        "train-1.csv": "zip,at,n,target\nA1,2020-01-03 12:30:00,0.5,0\n,2020-01-04 00:00:00,,1\n",
+        "test.csv": "zip,at,n,target\n007,2020-01-01,1,0\n",
+    }
+    for name, text in written.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "one.csv").write_text(written["train-0.csv"] + written["train-1.csv"].partition("\n")[2])
+    tables, (one,) = read_tables(of(tmp_path, ignored="one.csv")), read_tables(of(tmp_path / "one.csv")).splits.values()
+    assert tables.splits["train"].schema == one.schema
+    assert tables.splits["train"].to_pydict() == one.to_pydict()
+    assert one.column("zip").to_pylist() == ["007", "8", "A1", None]
+    assert tables.splits["test"].column("zip").to_pylist() == ["007"]  # not 7, which no training row has
+    own = columns.read_columns(find_files(of(tmp_path, ignored="one.csv")), of(tmp_path))[0]
+    assert own["test"].column("zip").to_pylist() == ["007"]
+
+
+def test_a_text_among_the_numbers_of_a_held_out_split_is_named(tmp_path: Path):
+    rows = "".join(f"{n},{n % 2}\n" for n in range(12))
+    (tmp_path / "train.csv").write_text(f"age,target\n{rows}")
+    (tmp_path / "test.csv").write_text(f"age,target\n{rows}old,1\n")
+    with pytest.raises(
+        ValueError, match=r"in training it was numbers \('old' in row 12 of the test split stands among"
+    ):
+        load_full_set(of(tmp_path))
+
+
+@pytest.mark.parametrize(("zone", "is_told"), [("", False), ("Z", True)])
+def test_times_with_a_zone_in_one_split_and_without_in_another_are_told_of(tmp_path: Path, zone: str, is_told: bool):
+    for name, mark in (("train", ""), ("test", zone)):
+        rows = "".join(f"2020-01-{n:02}T10:00:00{mark},{n % 2}\n" for n in range(1, 13))
+        (tmp_path / f"{name}.csv").write_text(f"at,target\n{rows}")
+    text = "times of column at have a zone in one split and none in another, where they count as UTC"
+    assert (Note(text, is_warning=True) in load_full_set(of(tmp_path)).advice) == is_told
 
 
 def test_images_stay_images(tmp_path: Path):

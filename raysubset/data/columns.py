@@ -64,7 +64,8 @@ def read_tables(files: DataFiles, config: DataConfig, task: str = "classificatio
             tables, streamed = _stream(files, members, choice, config, task)
         else:
             needed = partial(choice.needed, is_train=split == "train")
-            tables = read_files(files, members, needed, texts=choice.features if choice.are_images else ())
+            texts = choice.features if choice.are_images else _texts([*by_split.get("train", {}).values()])
+            tables = read_files(files, members, needed, texts=texts)
             if choice.are_images:
                 tables = {path: with_full_paths(table, config.image_column, path) for path, table in tables.items()}
         by_split[split] = tables
@@ -93,10 +94,15 @@ def read_columns(files: DataFiles, config: DataConfig) -> tuple[dict[SplitName, 
         return columns
 
     for split, members in files.layout.items():
-        tables = read_files(files, members, needed)
+        tables = read_files(files, members, needed, texts=_texts([splits["train"]] if splits else []))
         splits[split] = concatenated([*tables.values()], f"the {split} split of {config.name}")
         notes.append(Note(f"{split} split: {splits[split].num_rows} examples of {describe_files(files, members)}"))
     return splits, (*notes, *files.notes)
+
+
+def _texts(tables: Sequence[pa.Table]) -> tuple[str, ...]:
+    """Return the names of columns of texts: what was text in training stays text in CSV files of other splits."""
+    return tuple({field.name for table in tables for field in table.schema if is_string(field.type)})
 
 
 def _stream(

@@ -3,13 +3,15 @@
 import codecs
 import csv
 import io
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from raysubset.config import DELIMITERS
-from raysubset.tasks.columns import is_number
+from raysubset.tasks.columns import is_number, is_string
 
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 HEADER_BYTES = 2**20  # in which the header ends
@@ -17,13 +19,13 @@ _LARGEST_BLOCK = 2**31 - 1  # bytes
 _MOST_SHOWN = 60  # characters of a damaged line
 
 
-def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table:
+def read_csv(data: bytes, path: str, *, types: Mapping[str, pa.DataType] | None = None) -> pa.Table:
     """Read a file. Empty cells and NA, NaN, null and the like become nulls, also in columns of texts.
 
     Args:
         data: the file's bytes.
         path: its suffix decides the delimiter; messages show it.
-        texts: columns to read as texts even if their values are numbers.
+        types: of columns that are not to be inferred, such as texts whose values are numbers.
 
     Raises:
         ValueError: for a line with more or fewer values than the header, a missing header, or bytes that are not
@@ -33,7 +35,7 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
     delimiter = DELIMITERS[PurePosixPath(path).suffix.lower()]
     # Arrow infers types from the first block alone, so the whole file is one block.
     read_options = pa_csv.ReadOptions(block_size=min(len(data) + 1, _LARGEST_BLOCK), use_threads=True)
-    convert_options = pa_csv.ConvertOptions(strings_can_be_null=True, column_types=dict.fromkeys(texts, pa.string()))
+    convert_options = pa_csv.ConvertOptions(strings_can_be_null=True, column_types=types)
     try:
         parse_options = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
         table = pa_csv.read_csv(pa.BufferReader(data), read_options, parse_options, convert_options)
@@ -48,6 +50,24 @@ def read_csv(data: bytes, path: str, *, texts: tuple[str, ...] = ()) -> pa.Table
             row = next(row for row, value in enumerate(values) if value.decode(errors="ignore").encode() != value)
             raise ValueError(f"column {name} of {path} is not UTF-8 in row {row}: write it as UTF-8")
     return table
+
+
+def types_in_all(tables: Iterable[pa.Table]) -> dict[str, pa.DataType]:
+    """Return the types of columns that differ between files and would be inferred of all files as one.
+
+    A column that is text in one file is text, and one of dates and of timestamps without a zone is of timestamps. All
+    else is left out: types that go together, such as integers and floats, and others that do not.
+    """
+    found = defaultdict[str, set[pa.DataType]](set)
+    for field in (field for table in tables for field in table.schema):
+        found[field.name].add(field.type)
+    types: dict[str, pa.DataType] = {}
+    for name, kinds in found.items():
+        if any(map(is_string, kinds)):
+            types[name] = pa.string()
+        elif pa.date32() in kinds and pa.timestamp("s") in kinds:
+            types[name] = pa.timestamp("s")
+    return types
 
 
 def header(data: bytes, path: str) -> list[str]:

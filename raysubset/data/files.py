@@ -1,6 +1,6 @@
 """Reads files by path or URI: Parquet, Arrow, CSV and text files, and folders of images."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs, ipc
 
 from raysubset.config import DELIMITERS, TEXT_SUFFIXES, DataConfig, TaskConfig
-from raysubset.data.csv_files import HEADER_BYTES, header, read_csv
+from raysubset.data.csv_files import HEADER_BYTES, header, read_csv, types_in_all
 from raysubset.data.decoding import Source, SourceSplit
 from raysubset.data.finding import DataFiles
 from raysubset.data.image_columns import with_full_paths
@@ -121,16 +121,17 @@ def read_files(
 ) -> dict[str, pa.Table]:
     """Read the needed columns of files, except those left out: tables by their full paths.
 
-    In a CSV file, `texts` are read as texts even if their values are numbers.
+    In a CSV file, `texts` are read as texts even if their values are numbers, and so are columns that another file has
+    as texts: types_in_all().
 
     Raises:
         ValueError: with the file, if one is damaged.
     """
-    tables: dict[str, pa.Table] = {}
-    for member in members:
+
+    def read(member: Placed, types: Mapping[str, pa.DataType]) -> pa.Table:
         path = files.full_path(member)
 
-        def stored(schema: pa.Schema, path: str = path, member: Placed = member) -> list[str]:
+        def stored(schema: pa.Schema) -> list[str]:
             names = dict.fromkeys(needed(member.with_fields(schema), path))
             return [name for name in names if name in schema.names and name not in left_out]
 
@@ -139,13 +140,23 @@ def read_files(
                 parquet = pq.ParquetFile(file, page_checksum_verification=True)
                 table = parquet.read(stored(parquet.schema_arrow))
             elif path.lower().endswith(tuple(DELIMITERS)):
-                table = read_csv(file.read(), path, texts=texts)
+                table = read_csv(file.read(), path, types=types)
                 table = table.select(stored(table.schema))
             else:
                 reader = _arrow_reader(file)
                 table = reader.read_all().select(stored(reader.schema))
             table.validate(full=True)  # IPC is not checked on reading: damaged offsets would cause a segmentation fault
-        tables[path] = member.with_columns(table, left_out=left_out)
+        return member.with_columns(table, left_out=left_out)
+
+    types = dict.fromkeys(texts, pa.string())
+    tables = {files.full_path(member): read(member, types) for member in members}
+    types |= types_in_all(tables.values())
+    for member in members:
+        path = files.full_path(member)
+        fields = [field for field in tables[path].schema if not pa.types.is_null(field.type)]
+        is_inferred = path.lower().endswith(tuple(DELIMITERS))
+        if is_inferred and any(types.get(field.name, field.type) != field.type for field in fields):
+            tables[path] = read(member, types)
     return tables
 
 

@@ -251,7 +251,8 @@ def concatenated(tables: Sequence[pa.Table], where: str) -> pa.Table:
     try:
         return pa.concat_tables([_decoded(table, decoded) for table in tables], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"the {len(tables)} files of {where} do not go together: {error}") from error
+        text = f"the {len(tables)} files of {where} do not go together: {error}"
+        raise ValueError(f"{text}: write the column alike in all, or leave it out with --data.columns") from error
 
 
 def _decoded(table: pa.Table, names: Collection[str]) -> pa.Table:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from raysubset.config import DataConfig, nearest
 from raysubset.data.image_columns import ReadFile, plain
 from raysubset.data.layout import some
-from raysubset.data.row_groups import RowGroups, concatenated
+from raysubset.data.row_groups import RowGroups, TableGroups, concatenated
 from raysubset.data.split import SplitName
 from raysubset.data.targets import UNLABELLED, named_labels
 from raysubset.events import Note
@@ -149,6 +149,15 @@ def join_splits(
     for split, tables in by_split.items():
         splits[split], joining = join_tables(tables, choice.targets[0], config, f"the {split} split of {config.name}")
         notes += joining
+    schemas = {split: table.schema for split, table in splits.items()}
+    if isinstance(streamed, TableGroups):
+        schemas["train"] = streamed.schema
+    for name in () if choice.are_images else choice.features:
+        types = [schema.field(name).type for schema in schemas.values()]
+        zones = {type_.tz is not None for type_ in types if pa.types.is_timestamp(type_)}
+        if len(zones) > 1:
+            text = f"times of column {name} have a zone in one split and none in another, where they count as UTC"
+            notes.append(Note(text, is_warning=True))
     return Tables(splits, choice, tuple(notes), streamed)
 
 

@@ -378,8 +378,10 @@ class _Reader:
 
     def _refuse_other(self, name: str, values: pa.ChunkedArray, kind: Kind, in_words: str) -> None:
         if kind_of_column(values.type) != kind and not pa.types.is_null(values.type):
-            text = f"column {name} of {self.where} holds {values.type}{such_as(values)}; in training it was {in_words}"
-            raise ValueError(text)
+            stray = self._stray_text(values) if is_string(values.type) else ""
+            text = f"column {name} of {self.where} holds {values.type}{'' if stray else such_as(values)}"
+            stray = f" ({stray}: correct it)" if stray else ""
+            raise ValueError(f"{text}; in training it was {in_words}{stray}")
 
     def _refuse_missing(self, name: str, absent: np.ndarray) -> None:
         if self.missing == "refuse" and (num := int(absent.sum())):
