@@ -26,6 +26,7 @@ from raysubset.tasks import (
     NextToken,
     Regression,
     Segmentation,
+    Spec,
     SquaredError,
     TensorInputs,
     Vocabulary,
@@ -525,3 +526,31 @@ def test_a_task_of_the_users_own_is_imported_only_where_the_user_says_so():
         task_from_dict(record)
     with pytest.raises(ValueError, match="nowhere_to_be_found"):
         task_from_dict(record, trust_code=True)
+    record["task"] |= {"spec": {"inputs": [2], "outputs": [3], "num_values": [None, 5]}, "class_names": ["a"]}
+    task = task_from_dict(record)
+    assert task.spec() == Spec((2,), (3,), (None, 5))
+    assert (task.name, task.class_names) == ("nowhere_to_be_found:Own", ("a",))
+    with pytest.raises(ValueError, match="nowhere_to_be_found"):
+        task_from_dict(record, trust_code=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("spec", None),
+        ("spec", {"inputs": [2], "outputs": [3]}),
+        ("spec", {"inputs": [2.0], "outputs": [3], "num_values": None}),
+        ("spec", {"inputs": [2], "outputs": 3, "num_values": None}),
+        ("spec", {"inputs": [2], "outputs": [3], "num_values": [1, 2, 3]}),
+        ("spec", {"inputs": [2], "outputs": [-3], "num_values": None}),
+        ("spec", {"inputs": [2], "outputs": [3], "num_values": [True, 1]}),
+        ("class_names", "ab"),
+        ("class_names", [1]),
+    ],
+)
+def test_a_damaged_outline_of_a_users_task_is_refused(key: str, value: Any):
+    spec = {"inputs": [2], "outputs": [3], "num_values": None}
+    task = {"name": "m:Own", "state": {}, "spec": spec, "class_names": []}
+    assert task_from_dict({"task": task}).spec() == Spec((2,), (3,))
+    with pytest.raises(ValueError, match=r"task\.spec|task\.class_names|Spec\.num_values"):
+        task_from_dict({"task": task | {key: value}})

@@ -1,6 +1,7 @@
 """Models of tables, texts and tasks of one's own, saved, loaded and applied to files."""
 
 import logging
+import pickle
 import sys
 from typing import Any
 
@@ -16,7 +17,7 @@ from raysubset.data import FullSet, load_full_set
 from raysubset.models import architecture, new_model
 from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
-from raysubset.tasks import NextToken, Regression, TableInputs
+from raysubset.tasks import NextToken, RecordedTask, Regression, TableInputs
 from raysubset.trained_model import ModelRecord, TrainedModel, leave_samples, load_model, save_model
 from raysubset.trained_model import model as model_module
 from raysubset.trained_model.exporting import export_model, predict_files
@@ -268,11 +269,19 @@ def test_a_task_of_ones_own_is_called_only_where_it_is_trusted(tmp_path, monkeyp
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     full_set = load_full_set(DataConfig(name="sums_of_mine:numbers"), TaskConfig(name="sums_of_mine:Sum"))
     network = saved(full_set, tmp_path / "run", "mlp", width=4)
-    with pytest.raises(ValueError, match="trust_code"):
-        load_model(str(tmp_path / "run"))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+        elsewhere.delitem(sys.modules, "sums_of_mine")
+        stranger = load_model(str(tmp_path / "run"))
+        assert "sums_of_mine" not in sys.modules
+    assert isinstance(stranger.record.task, RecordedTask)
+    assert stranger.spec == full_set.spec
+    assert torch.equal(pickle.loads(pickle.dumps(stranger))(torch.ones(2, 3)), network(torch.ones(2, 3)))
+    with pytest.raises(ValueError, match=r"takes tensors of \[3\]: load_model\(directory\)\(x\)"):
+        list(predict_files(str(tmp_path / "run"), ["new.csv"]))
+    path = export_model(str(tmp_path / "run"), str(tmp_path / "sums.pt2"), format="torch-export")
+    torch.testing.assert_close(torch.export.load(path).module()(torch.ones(4, 3)), network(torch.ones(4, 3)))
     model = load_model(str(tmp_path / "run"), trust_code=True)
     assert model.record.task.scale == full_set.task.scale  # pyright: ignore
     inputs = torch.rand(2, 3)
     assert torch.equal(model(inputs), network(inputs))
-    with pytest.raises(ValueError, match=r"takes tensors of \[3\]: load_model\(directory, trust_code=True\)\(x\)"):
-        list(predict_files(str(tmp_path / "run"), ["new.csv"], trust_code=True))

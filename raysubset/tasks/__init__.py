@@ -21,7 +21,7 @@ from raysubset.tasks.inputs import (
 from raysubset.tasks.losses import EXACT_OUTPUTS, SAMPLED_TERMS, AbsoluteError, CrossEntropy, Huber, Loss, SquaredError
 from raysubset.tasks.next_token import NextToken
 from raysubset.tasks.own import fit_own_task
-from raysubset.tasks.records import own_task, task_from_dict, task_to_dict
+from raysubset.tasks.records import RecordedTask, outline, own_task, task_from_dict, task_to_dict
 from raysubset.tasks.regression import Regression, strata_of_numbers
 from raysubset.tasks.segmentation import Segmentation
 from raysubset.tasks.spec import Spec

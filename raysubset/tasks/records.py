@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 from raysubset.config import from_tree
 from raysubset.config.trees import need
@@ -13,6 +13,7 @@ from raysubset.tasks.inputs import ImageInputs, TensorInputs
 from raysubset.tasks.next_token import NextToken
 from raysubset.tasks.regression import Regression
 from raysubset.tasks.segmentation import Segmentation
+from raysubset.tasks.spec import Spec
 from raysubset.tasks.task import Task
 from raysubset.user_code.functions import call_function
 from raysubset.user_code.given import held_objects, is_given
@@ -42,15 +43,35 @@ def task_to_dict(task: Task) -> dict[str, Any]:
     return {"task": {"name": task.name, **fields, "inputs": {"kind": kind, **inputs}}}
 
 
+class RecordedTask(Task):
+    """A user's task without its code: a record's shapes and names. They suffice for a network that is at hand."""
+
+    def __init__(self, name: str, spec: Spec, class_names: tuple[str, ...]) -> None:
+        self.name, self.class_names, self._spec = name, class_names, spec
+
+    def spec(self) -> Spec:
+        return self._spec
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return RecordedTask, (self.name, self._spec, self.class_names)
+
+
+def outline(task: Task) -> dict[str, Any]:
+    """Return what a RecordedTask needs of a user's task, as JSON. A network's scaling needs the task itself: empty."""
+    if ":" not in task.name or hasattr(task, "inputs"):
+        return {}
+    return {"spec": dataclasses.asdict(task.spec()), "class_names": [*task.class_names]}
+
+
 def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Task:
     """Rebuild a task from the record of task_to_dict().
 
     Args:
-        trust_code: allow importing the module of a user's own task.
+        trust_code: import the module of a user's own task. Otherwise the task is a RecordedTask.
 
     Raises:
-        ValueError: if a value is missing or has the wrong type or range, or if the record names a user's task and
-            trust_code is False.
+        ValueError: if a value is missing or has the wrong type or range, or if the record names a user's task without
+            outline(), and trust_code is False.
     """
     if "task" not in record:
         return _image_classification(record)
@@ -59,8 +80,11 @@ def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Ta
         raise ValueError("its task has no name")
     name, fields = tree["name"], {key: value for key, value in tree.items() if key != "name"}
     if ":" in name:
+        is_held = name in held_objects().objects
+        if "spec" in fields and not (is_held if is_given(name) else trust_code):
+            return _recorded(name, fields)
         if is_given(name):
-            if name not in held_objects().objects:
+            if not is_held:
                 raise ValueError(f"its task, {name}, was an object in Python: give it again, load_model(…, task=…)")
         elif not trust_code:
             raise ValueError(
@@ -71,6 +95,24 @@ def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Ta
     if name not in _TASKS:
         raise ValueError(f"this version does not know its task {name!r}: update raysubset")
     return _task(_TASKS[name], fields)
+
+
+def _recorded(name: str, fields: Mapping[str, Any]) -> RecordedTask:
+    tree, classes = fields["spec"], fields.get("class_names")
+    need(isinstance(tree, dict) and tree.keys() == {"inputs", "outputs", "num_values"}, "task.spec is no Spec")
+    inputs, outputs, kinds = tree["inputs"], tree["outputs"], tree["num_values"]
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or not all(map(_is_size, inputs + outputs)):
+        raise ValueError("task.spec should hold sizes")
+    kinds = tuple(kinds) if isinstance(kinds, list) else kinds
+    are_kinds = all(kind is None or _is_size(kind) for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+    need(are_kinds, "task.spec.num_values should hold sizes")
+    if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes[:_MOST_NAMES]):
+        raise ValueError("task.class_names should be names")
+    return RecordedTask(name, Spec(tuple(inputs), tuple(outputs), kinds), tuple(classes[:_MOST_NAMES]))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**63
 
 
 def own_task(name: str, state: Mapping[str, Any] | None = None) -> Task:

@@ -202,9 +202,8 @@ def predict_files(directory: str, paths: Sequence[str], *, trust_code: bool = Fa
         column = config.get("data", {}).get("image_column", DataConfig.image_column)  # that training read
         yield from _predict_images(model, model.inputs, _images_of(paths, column, _side(model.inputs)))
     else:
-        call = "load_model(directory, trust_code=True)(x)" if ":" in task.name else "load_model(directory)(x)"
         text = f"this model's task is {task.name}, and it takes tensors of {list(model.spec.inputs)}"
-        raise ValueError(f"{text}: {call}")
+        raise ValueError(f"{text}: load_model(directory)(x)")
 
 
 def _continue_text(model: TrainedModel, path: str) -> Prediction:

@@ -23,6 +23,7 @@ from raysubset.tasks import (
     Spec,
     TableInputs,
     Task,
+    outline,
     task_from_dict,
     task_to_dict,
 )
@@ -49,7 +50,8 @@ class ModelRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; raise a ValueError for a user's task that JSON cannot hold."""
-        return {"model": dataclasses.asdict(self.model), **task_to_dict(self.task)}
+        record = {"model": dataclasses.asdict(self.model), **task_to_dict(self.task)}
+        return record | {"task": record["task"] | outline(self.task)} if "task" in record else record
 
     @classmethod
     def from_dict(cls, record: Any, *, trust_code: bool = False) -> "ModelRecord":
@@ -257,15 +259,17 @@ def load_model(
     """Load the final model of a run, in evaluation mode.
 
     The directory may be a stranger's: loading unpickles, imports and calls nothing that it names. A user's own network
-    is computed from the graph that the run kept of it, without its code.
+    is computed from the graph that the run kept of it, without its code. A user's own task is then a RecordedTask,
+    whose spec() tells what the network takes.
 
     Args:
         path: the run directory, a path or a URI.
         device: the device of the model.
-        trust_code: build a user's own network with its code instead, the package.module:function in model.json. Use
-            this for directories of people you trust, if the run kept no graph or to train the network further.
+        trust_code: build a user's own network and task with their code instead, the package.module:function in
+            model.json. Use this for directories of people you trust, if the run kept no graph, to train the network
+            further, or for the task's batch() and measure().
         model: the network that run() was given as an object. It is used instead of the graph.
-        task: the task that run() was given as an object, or its class.
+        task: the task that run() was given as an object, or its class, for its batch() and measure().
 
     Raises:
         ValueError: if there is no finished run, it is damaged or of a newer version, or its network needs code.
