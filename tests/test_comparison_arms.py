@@ -38,7 +38,7 @@ def leg(
 ) -> Leg:
     arm = parse_arm(key)
     config = arm_config(arm, Config().with_overrides(overrides), Settings(rate, 64), seed=seed, num_workers=4)
-    plan = SimpleNamespace(drawing=partial(Drawing, sizes=SIZES, statistics=statistics_of(config)))
+    plan = SimpleNamespace(drawing=partial(Drawing, sizes=SIZES, statistics=statistics_of(config)), forward_share=0.25)
     shape = {"num_train": NUM_TRAIN, "num_workers": 4, "legs_path": legs_path}
     return final_leg(arm, config, budget, cast(Plan, plan), **shape, label=f"{arm.letter}, seed {seed}")
 
@@ -59,6 +59,15 @@ SAVGM = "G:aggregation.method=savgm,aggregation.savgm_fraction=0.2,rounds.num=2"
 @pytest.mark.parametrize("key", ["B", "C", "D", "E", "F", "G", "H", "H:rounds.num=4", "I", SAVGM])
 def test_every_arm_trains_for_its_budget_in_total(key: str):
     assert sum(trained(one) for one in closure(leg(key, 6.0))) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(("key", "num_teachers"), [("D", 1), ("H", 4)])
+def test_forward_passes_of_teachers_are_part_of_a_budget(key: str, num_teachers: int):
+    last = leg(key, 6.0, overrides={"fine_tuning.distillation": 0.5})
+    total = sum(trained(one) for one in closure(last)) + trained(last) * num_teachers * 0.25
+    assert total == pytest.approx(6.0)
+    plain = leg(key, 6.0)
+    assert trained(last) / total < trained(plain) / 6.0
 
 
 def test_legs_are_named_by_their_arm_and_their_part_in_it():

@@ -310,13 +310,16 @@ def test_what_a_worker_measures_alone_and_fewer_workers_than_asked_for_lengthen_
 
 def test_all_reduces_of_a_trunk_and_of_fine_tuning_are_sent_beside_the_weights_of_rounds():
     last = leg("H:rounds.num=2", overrides={"trunk.num_workers": 2, "fine_tuning.num_workers": 3})
-    steps = {"trunk": 5, "fine_tuning": 7}
+    steps = {"trunk": ((5, 2),), "fine_tuning": ((4, 3), (2, 2), (9, 1))}  # an elastic job loses a worker, then another
 
     def works(one: Leg) -> list[Work]:
-        return [Work(one.stage, 0, None, 0, "node", "cpu", 0.0, cost=Cost(num_steps=steps.get(one.stage, 9)))]
+        return [
+            Work(one.stage, 0, None, 0, "node", "cpu", 0.0, cost=Cost(num_steps=num_steps), num_workers=num_workers)
+            for num_steps, num_workers in steps.get(one.stage, ((9, 1),))
+        ]
 
     exchange = Exchange(4, start=40, shared=40, own=30, aggregate=80)
     legs, plan = SimpleNamespace(works=works, exchange=lambda _: exchange), SimpleNamespace(num_parameters=300)
     # two rounds of start, minimum and state, three more minima, the aggregate; 2 (N-1)/N gradients of 4 bytes a step
-    sent = 2 * (40 + 40 + 30 + 3 * 40 + 80) + 5 * (2 * 1 / 2 * 300 * 4) + 7 * (2 * 2 / 3 * 300 * 4)
-    assert gathering._sent(last, legs, plan) == (sent, 2 + 5 + 7)  # pyright: ignore[reportArgumentType]
+    sent = 2 * (40 + 40 + 30 + 3 * 40 + 80) + (5 + 2) * (2 * 1 / 2 * 300 * 4) + 4 * (2 * 2 / 3 * 300 * 4)
+    assert gathering._sent(last, legs, plan) == (sent, 2 + 5 + 2 + 4)  # pyright: ignore[reportArgumentType]

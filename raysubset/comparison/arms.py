@@ -126,9 +126,10 @@ def final_leg(
 ) -> Leg:
     """Return the last leg of an arm, whose inputs lead back to all others.
 
-    The stages keep the config's proportions, scaled so that they train for `budget` passes in total. They are done as
-    in a run: by Ray Train if the config sets several workers. If it leaves the number of fine-tuning's workers open,
-    one actor fine-tunes, so that the legs of several arms are done side by side.
+    The stages keep the config's proportions, scaled so that they train for `budget` passes in total, with those of
+    distillation's teachers. They are done as in a run: by Ray Train if the config sets several workers. If it leaves
+    the number of fine-tuning's workers open, one actor fine-tunes, so that the legs of several arms are done side by
+    side.
 
     Args:
         config: arm_config()'s, and plan its plan.
@@ -145,5 +146,6 @@ def final_leg(
     legs = list(drawing.legs())
     full_set_epochs = sum(leg.epochs for leg in legs if leg.size is None)
     total = full_set_epochs + math.fsum(leg.epochs * leg.size for leg in legs if leg.size is not None) / num_train
+    total += math.fsum(leg.planned_passes(num_train, plan.forward_share) - leg.passes(num_train) for leg in legs)
     *_, last = replace(drawing, scale=budget / total).legs(num_workers=config.fine_tuning.workers(auto=1))
     return last

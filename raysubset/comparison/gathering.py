@@ -345,10 +345,11 @@ def _sent(leg: Leg, legs: Legs, plan: Plan) -> tuple[int, int]:
     for each in closure(leg):
         if each.kind == "aggregate":
             exchanges.append(legs.exchange(each))
-        elif each.num_workers > 1:
-            num_steps, gradient_bytes = total_cost(legs.works(each)).num_steps, each.config.minimize.bytes_a_gradient
-            num_bytes += num_steps * all_reduce_bytes(plan.num_parameters, each.num_workers, each=gradient_bytes)
-            num_exchanges += num_steps
+        for work in legs.works(each) if each.kind == "train" else ():  # an elastic job has fewer workers for a while
+            if work.num_workers > 1:
+                num, num_steps, size = work.num_workers, work.cost.num_steps, each.config.minimize.bytes_a_gradient
+                num_bytes += num_steps * all_reduce_bytes(plan.num_parameters, num, each=size)
+                num_exchanges += num_steps
     if exchanges:
         num_bytes += critical_bytes(exchanges, overlap=leg.config.rounds.overlaps)
     return num_bytes, num_exchanges + len(exchanges)

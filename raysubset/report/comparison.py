@@ -122,7 +122,7 @@ def _basis(record: Record) -> Iterator[Line]:
         yield Note(f"{text} may do better (--learning-rates).", is_warning=True)
     if dear := list(_beyond_budget(record["arms"])):
         text = f"some arms cost more than {_MOST_OF_BUDGET:g} times their budget of training"
-        more = "Evaluation, teachers and whole steps come on top. Verdicts and speed-ups go by passes, not by budgets."
+        more = "Evaluation and whole steps come on top. Verdicts and speed-ups go by passes, not by budgets."
         yield Note(f"{text}: {'; '.join(dear)}. {more}", is_warning=True)
     if len(record["seeds"]) < _FEWEST_SEEDS:
         yield f"{len(record['seeds'])} seeds give no useful interval: it is shown from {_FEWEST_SEEDS} seeds on."
