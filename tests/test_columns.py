@@ -115,7 +115,7 @@ def test_a_category_that_training_lacks_is_none_with_a_warning():
         ([1.0, float("inf"), 2.0], r"column x is inf in row 1 of the table"),
         (["a", "b", "c"], r"column x of the table has another text in each row \(such as 'a'\).*--data.columns"),
         (["1", "2", "?"], r"\('\?' in row 2 of the table stands among numbers\); .*: correct it"),
-        ([[1], [2], [3]], r"column x of the table holds list<.*int64>, which is no number.*--data.image-column"),
+        ([[1], [2], [3]], r"column x of the table holds list<.*int64>, which is no number.*each number of the lists"),
         ([b"a", b"b", b"a"], r"column x of the table holds binary"),
         ([1e308, -1e308, 1e308], r"runs from -1e\+308 to 1e\+308, which 64-bit floats cannot standardise"),
     ],

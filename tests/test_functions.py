@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raysubset.config import DataConfig, TaskConfig
 from raysubset.data import load_full_set
+from raysubset.data.columns import is_of_columns
 from raysubset.data.finding import find_files
-from raysubset.data.fitting import of_arrays
+from raysubset.data.fitting import of_arrays, of_tables
 from raysubset.data.functions import Arrays, read_returned, read_returned_texts, read_table_arrays
 from raysubset.data.tables import Tables
 from raysubset.tasks import Regression
@@ -152,6 +155,48 @@ def test_a_users_own_task_gets_a_tables_columns_as_arrays(returned: Callable[...
     arrays = returned(body, lambda config: read_returned(config, "mine:Ratings"))
     assert_holds(arrays, user=np.array(user), score=np.array(score))
     assert isinstance(returned(body, lambda config: read_returned(config, "regression"), target="score"), Tables)
+
+
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list, lambda each: pa.list_(each, 2)])
+def test_a_users_own_task_gets_columns_of_lists_as_arrays(tmp_path: Path, kind: Callable[[pa.DataType], pa.DataType]):
+    seen = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    frames = [[[each] * 3, [0, 1, 2]] for each in range(3)]
+    table = pa.table(
+        {"seen": pa.array(seen, kind(pa.float32())), "frames": pa.array(frames, kind(pa.list_(pa.int8())))}
+    )
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+    config = DataConfig(name=str(tmp_path / "rows.parquet"))
+    assert is_of_columns(find_files(config), config)
+    arrays = read_table_arrays(find_files(config), config)
+    assert_holds(arrays, seen=np.array(seen, np.float32), frames=np.array(frames, np.int8))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[1.0, 2.0], [3.0]], r"seen of .* has a list of 1 in row 1, not 2: give all rows one length, padded if need"),
+        ([[1.0], None], "has no list in row 1"),
+        ([None, [1.0]], "has no list in row 0"),
+        ([[[1], [2]], [[3], [4, 5]]], "has a list of 2 in row 1, not 1"),
+        ([[1.0], [None]], "has nan in row 1"),
+        ([[{"x": 1}]], "has type object: it must be numbers or texts"),
+    ],
+)
+def test_lists_that_make_no_array_are_told_with_the_row(returned: Callable[..., Any], rows: list[Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        returned(f"return pa.table(dict(seen={rows}))", lambda config: read_returned(config, "mine:Ratings"))
+
+
+@pytest.mark.parametrize("settings", [{"target": "force"}, {"target": "force", "columns": "seen"}, {"target": "seen"}])
+def test_columns_of_lists_are_refused_by_named_tasks_with_the_way_out(returned: Callable[..., Any], settings: dict):
+    """Not as a table that lacks a column of images."""
+    body = "return pa.table(dict(seen=[[1.0, 2.0], [3.0, 4.0]] * 20, force=[1.0, 2.0] * 20))"
+    with pytest.raises(ValueError, match=r"seen of .* holds list<.*give each number of the lists a column, or return"):
+        of_tables(
+            returned(body, lambda config: read_returned(config, "regression"), **settings),
+            DataConfig(**settings),
+            TaskConfig(name="regression"),
+        )
 
 
 def test_a_users_own_task_gets_the_columns_of_files_as_arrays(tmp_path: Path):

@@ -1,5 +1,6 @@
 """Reads data sets that a user's own `package.module:function` returns."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +8,13 @@ from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import compute
 
 from raysubset.config import DataConfig, nearest
 from raysubset.data.columns import read_columns
 from raysubset.data.finding import DataFiles, Ignored
 from raysubset.data.split import SplitName
-from raysubset.data.tables import Tables, holds_images, tables_in_memory
+from raysubset.data.tables import Tables, holds_images, is_list, tables_in_memory
 from raysubset.errors import first_line, with_article
 from raysubset.events import Note
 from raysubset.tasks.columns import is_string
@@ -78,17 +80,39 @@ def read_table_arrays(files: DataFiles, config: DataConfig) -> Arrays:
     """
     tables, notes = read_columns(files, config)
     arrays: dict[SplitName, dict[str, np.ndarray]] = {
-        split: _named_arrays(_arrays_of(table), f"the {split} split of {config.name}")
-        for split, table in tables.items()
+        split: _table_arrays(table, f"the {split} split of {config.name}") for split, table in tables.items()
     }
     _refuse_unlike(arrays, config)
     return Arrays(arrays, notes)
 
 
-def _arrays_of(table: pa.Table) -> dict[str, np.ndarray]:
-    arrays = {name: column.to_numpy() for name, column in zip(table.column_names, table.columns, strict=True)}
-    texts = {field.name for field in table.schema if is_string(field.type)}
-    return {name: values.astype(str) if name in texts else values for name, values in arrays.items()}
+def _table_arrays(table: pa.Table, where: str) -> dict[str, np.ndarray]:
+    arrays = dict[str, np.ndarray]()
+    for field, column in zip(table.schema, table.columns, strict=True):
+        values = _of_lists(column, f"{field.name} of {where}") if is_list(field) else column.to_numpy()
+        arrays[field.name] = values.astype(str) if is_string(field.type) else values
+    return _named_arrays(arrays, where)
+
+
+def _of_lists(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """Convert lists, also of lists, to an array [N, …].
+
+    Raises:
+        ValueError: with a row whose list is missing or differs in length from the first row's.
+    """
+    values, shape = column.combine_chunks(), [len(column)]
+    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
+        lengths = np.asarray(compute.call_function("list_value_length", [values]).fill_null(-1))
+        unlike = np.flatnonzero((lengths != lengths[:1]) | (lengths < 0))
+        if len(unlike):
+            row, length = int(unlike[0]) // math.prod(shape[1:]), int(lengths[unlike[0]])
+            problem = (
+                f"has no list in row {row}" if length < 0 else f"has a list of {length} in row {row}, not {lengths[0]}"
+            )
+            remedy = "give all rows one length, padded if need be, here or as arrays of a package.module:function"
+            raise ValueError(f"{where} {problem}: {remedy}")
+        values, shape = values.flatten(), [*shape, int(lengths[0]) if len(lengths) else 0]
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 def read_returned_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:
@@ -168,7 +192,7 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> pa.Tabl
     if isinstance(value, pa.Table):
         if ":" not in task or holds_images(value.schema, config):
             return value
-        value = _arrays_of(value)
+        return _table_arrays(value, where)
     if isinstance(value, Mapping):
         return _named_arrays(value, where)
     if _is_text(value):

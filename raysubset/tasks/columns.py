@@ -23,6 +23,7 @@ Missing = Literal["refuse", "mean"]
 NumberKind = Literal["number", "time"]  # a time is read as seconds
 Kind = NumberKind | Literal["category"]
 
+OF_LISTS = "; give each number of the lists a column, or return arrays from a function (--data.name module:function)"
 _REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
 
 MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
@@ -208,7 +209,9 @@ def target_numbers(table: pa.Table, names: Sequence[str], *, where: str = "the t
                 "classes: use --task classification, or set --data.target to another column"
             )
         if kind != "number":
-            raise ValueError(f"the target {name} of {where} holds {values.type}: give numbers for regression")
+            raise ValueError(
+                f"the target {name} of {where} holds {values.type}: give numbers for regression{_remedy(values.type)}"
+            )
         targets[:, number] = reader.numbers(name, values, "number")
     return targets
 
@@ -285,7 +288,7 @@ class _Reader:
         if kind is None:
             raise ValueError(
                 f"column {name} of {self.where} holds {values.type}, which is no number, time or text: leave it out of "
-                "--data.columns; a column of images is named by --data.image-column"
+                f"--data.columns{_remedy(values.type) or '; a column of images is named by --data.image-column'}"
             )
         if kind == "category":
             return self._fit_category(name, values)
@@ -426,6 +429,10 @@ def kind_of_column(type_: pa.DataType) -> Kind | None:
         return "time"
     is_any = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return "number" if any(is_kind(type_) for is_kind in is_any) else None
+
+
+def _remedy(type_: pa.DataType) -> str:
+    return OF_LISTS if pa.types.is_nested(type_) and not pa.types.is_struct(type_) else ""
 
 
 def is_number(text: str) -> bool:
