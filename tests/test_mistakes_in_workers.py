@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 
 import errno
+import os
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from raysubset.config import Config
 from raysubset.data import load_full_set
 from raysubset.errors import CorruptFile
 from raysubset.events import Event, Retry
-from raysubset.fine_tuning import streaming, worker
+from raysubset.fine_tuning import streaming, trainer, worker
 from raysubset.fine_tuning.job import FineTuningFailed, Job
 from raysubset.fine_tuning.trainer import Attempts, WatchedTrainer, fit
 from raysubset.fine_tuning.worker import MistakeError, _may_pass
@@ -51,6 +52,28 @@ def attempts_at(directory: RunDirectory) -> Attempts:
 def decision(directory: RunDirectory, *errors: Exception) -> FailureDecision:
     error = cloudpickle.loads(cloudpickle.dumps(WorkerGroupError("failed", dict(enumerate(errors)))))
     return attempts_at(directory).make_decision(error)
+
+
+def test_settings_of_a_train_job_are_the_jobs_and_a_users_own_come_first(monkeypatch):
+    """They had been set in the driver's environment, where the user's own later jobs had them too."""
+
+    class Seen(Exception):
+        pass
+
+    def options(**place: Any) -> None:
+        raise Seen(place["runtime_env"]["env_vars"])
+
+    context = SimpleNamespace(get_node_id=lambda: "a" * 56)
+    calls = {"get_runtime_context": lambda: context, "remote": lambda kind: SimpleNamespace(options=options)}
+    monkeypatch.setattr(trainer, "ray", SimpleNamespace(**calls))
+    job = object.__new__(WatchedTrainer)
+    job.start_timeout_s, job.attempts = 60.0, cast(Any, None)
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PRINT_PATCH", "1")
+    with pytest.raises(Seen) as seen:
+        job._initialize_and_run_controller()
+    (variables,) = seen.value.args
+    assert (variables["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"], variables["RAY_TRAIN_ENABLE_PRINT_PATCH"]) == ("0.2", "1")
+    assert "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S" not in os.environ
 
 
 def test_mistakes_are_not_tried_again_and_losses_are(directory):

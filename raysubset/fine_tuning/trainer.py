@@ -1,14 +1,9 @@
 """fit(): runs a Ray Train job to its end, with a TorchTrainer whose controller the driver watches."""
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
-
-# Ray Train reads these in the driver. Polling every 2 s would double the time of a job of a few seconds.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 
 import ray
 import ray.train
@@ -33,6 +28,11 @@ from raysubset.run_directory import RunDirectory, is_unusable, minimum_path
 from raysubset.work import Piece
 
 LOOK_S = 1.0  # between two looks at the job
+SETTINGS = {  # of the controller and its workers, unless the user sets them
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # polling every 2 s would double the time of a job of a few seconds
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
 PLACE_S, ELASTIC_PLACE_S = 60.0, 15.0  # wait for places of a group of workers; free ones are given at once
 
 
@@ -99,7 +99,7 @@ class WatchedTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> ray.train.Result:
         """Run the controller as TorchTrainer does, and call `look` while waiting for it."""
-        variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
+        variables = SETTINGS | get_env_vars_to_propagate()
         variables["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(self.start_timeout_s)
         affinity = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         controller_class: Any = ray.remote(TrainController)

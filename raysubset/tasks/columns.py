@@ -17,7 +17,7 @@ from raysubset.config import nearest
 from raysubset.config.trees import need
 from raysubset.errors import listed
 from raysubset.events import Note
-from raysubset.tasks.inputs import LEAST_DEVIATION
+from raysubset.tasks.inputs import LEAST_DEVIATION, too_wide
 
 Missing = Literal["refuse", "mean"]
 NumberKind = Literal["number", "time"]  # a time is read as seconds
@@ -233,10 +233,8 @@ def scales_of_targets(targets: np.ndarray, names: Sequence[str]) -> tuple[np.nda
                 "learn; set --data.target to another column"
             )
         if not 0 < deviation < math.inf:
-            raise ValueError(
-                f"the target {name} runs from {lowest:g} to {highest:g}, which 64-bit floats cannot standardise: give "
-                "it in another unit, or leave rows out whose value stands for a missing one"
-            )
+            remedy = "leave rows out whose value stands for a missing one"
+            raise too_wide(f"the target {name} runs", targets[:, number], remedy)
     return means, deviations
 
 
@@ -299,10 +297,7 @@ class _Reader:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             mean, deviation = float(present.mean()), float(present.std())
         if not 0 < deviation < math.inf:
-            raise ValueError(
-                f"column {name} of {self.where} runs from {present.min():g} to {present.max():g}, which 64-bit floats "
-                "cannot standardise: give it in another unit, or leave it out with --data.columns"
-            )
+            raise too_wide(f"column {name} of {self.where} runs", present, "leave it out with --data.columns")
         if deviation <= LEAST_DEVIATION * abs(mean):
             return None
         if kind == "time":

@@ -189,6 +189,15 @@ def as_float32(standardised: np.ndarray, name: str, *, where: str, rows: np.ndar
     return stored
 
 
+def too_wide(names: str, values: np.ndarray, remedy: str) -> ValueError:
+    """Return the error for numbers whose mean or deviation 64-bit floats cannot hold."""
+    lowest, highest = values.min(), values.max()
+    return ValueError(
+        f"{names} from {lowest:g} to {highest:g}, which 64-bit floats cannot standardise: take another unit, or "
+        f"{remedy}"
+    )
+
+
 def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
     """Compute mean and deviation over the training `rows` of inputs [N, …]: of each feature of [N, F], else of all.
 
@@ -208,10 +217,6 @@ def fit_tensors(values: np.ndarray, rows: np.ndarray) -> TensorInputs:
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = np.atleast_1d(wide.mean(axis=axis)), np.atleast_1d(wide.std(axis=axis))
     if not np.isfinite(std).all():
-        lowest, highest = wide.min(), wide.max()
-        raise ValueError(
-            f"inputs run from {lowest:g} to {highest:g}, which 64-bit floats cannot standardise: give them in another "
-            "unit, or leave rows out whose values stand for missing ones"
-        )
+        raise too_wide("inputs run", wide, "leave rows out whose values stand for missing ones")
     std = np.where(std > LEAST_DEVIATION * np.abs(mean), std, 1.0)
     return TensorInputs(values.shape[1:], tuple(mean.tolist()), tuple(std.tolist()))
