@@ -130,12 +130,15 @@ def test_the_verdict_follows_the_qualitys_direction(quality: Quality, good: floa
 
 
 def test_a_claim_is_not_refuted_while_another_arm_failed_at_what_may_be_a_tenth(compared: Compared):
-    failed = compared(R2, 0.2, also_fails="RuntimeError: out of memory")["verdicts"]
+    record = compared(R2, 0.2, also_fails="RuntimeError: out of memory")
+    assert record["regime"]["sentence"].endswith(" E failed, and may take less.")
+    failed = record["verdicts"]
     # one pass is more than a tenth of 8 in total, but may be half as long for two workers
     assert (failed["total"]["word"], failed["critical_path"]["word"]) == ("refuted", "inconclusive")
     assert failed["critical_path"]["text"].endswith("E failed, and may be as good.")
-    diverged = compared(R2, 0.2, also_fails="DivergedError: the loss is not finite")["verdicts"]
-    assert {verdict["word"] for verdict in diverged.values()} == {"refuted"}
+    diverged = compared(R2, 0.2, also_fails="DivergedError: the loss is not finite")
+    assert {verdict["word"] for verdict in diverged["verdicts"].values()} == {"refuted"}
+    assert "failed" not in diverged["regime"]["sentence"]
 
 
 def test_equal_accuracies_on_ten_test_examples_are_not_certainly_equal(compared: Compared, monkeypatch: Any):

@@ -134,6 +134,8 @@ def test_floats_that_may_be_series_are_not_read_as_grey_images_in_silence(return
     for body in ("series, [0, 1]", "Items([(series[0], 0), (series[1], 1)])", "dict(train=(series * 9, [0, 1]))"):
         with pytest.raises(ValueError, match=r"float64 \[N, 3, 2\] beside labels.*dict\(inputs=…, label=…\) for"):
             returned(series + body)
+    with pytest.raises(ValueError, match=r"bool \[N, 3, 2\] beside labels"):  # spikes, for example
+        returned(series + "series > 0.5, [0, 1]")
     values = (FEATURES / 11).reshape(2, 3, 2)
     assert_holds(returned(series + "dict(inputs=series, label=[0, 1])"), inputs=values, label=LABELS[:2])
     assert_holds(returned(series + "series, [0.5, 1.5]"), inputs=values, target=np.array([0.5, 1.5]))

@@ -74,10 +74,10 @@ def gather(
             if gain is not None and arm["role"] == "candidate":
                 gains.append((arm["key"], gain, point["mean"]))
     failed_at = [
-        (arm["key"], point["budget"])
+        (arm, point["budget"])
         for arm in arms
         for point in arm["points"]
-        if arm["role"] == "candidate" and point["mean"] is None and not all(map(has_diverged, point["runs"]))
+        if point["mean"] is None and not all(map(has_diverged, point["runs"]))
     ]
     speed_ups, verdicts = dict[str, dict[str, SpeedUp]](), dict[str, Verdict]()
     for clock, field in CLOCKS.items():
@@ -93,7 +93,7 @@ def gather(
         verdicts[clock] = judge(
             [(key, gain) for key, gain, mean in gains if mean[field] <= TENTH * passes],
             {key: of_arm for key, of_arm in speed_ups[clock].items() if key in candidates},
-            [(key, least * budget) for key, budget in failed_at],
+            [(arm["key"], least * budget) for arm, budget in failed_at if arm["role"] == "candidate"],
             conventional_passes=passes,
             margin=margin,
             quality=quality,
@@ -120,6 +120,7 @@ def gather(
                 quality=quality.show(quality.gain(target)),
                 place=_place(plan, num_workers, arms),
                 is_complete=len({way for way, _ in ways.values()}) == len(get_args(Way)),
+                failed=sorted({arm["key"] for arm, _ in failed_at}),
                 num_seeds=len(seeds),
             ),
         },

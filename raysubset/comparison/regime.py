@@ -11,7 +11,8 @@ The rule is fixed beforehand:
    seconds, paired by seed, lies wholly on its side. Otherwise the ways that cannot be told apart from it are named too.
    That includes a way that reaches the quality with some seeds only: it may be the faster one where it does. It also
    includes a way with an arm of which the seconds are an upper bound: smaller budgets might show it to be the faster.
-5. With fewer than five seeds it is called a smoke test, like a verdict.
+5. An arm of which no seed finished at some budget is named, because it may be the fastest.
+6. With fewer than five seeds it is called a smoke test, like a verdict.
 """
 
 import math
@@ -106,13 +107,16 @@ def _is_slower(one: Fastest, other: Fastest) -> bool:
     return t_interval([math.log(one.per_seed[seed] / other.per_seed[seed]) for seed in other.per_seed]).low > 0
 
 
-def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool, num_seeds: int) -> str:
+def regime_text(
+    regime: Regime, *, quality: str, place: str, is_complete: bool, failed: Sequence[str] = (), num_seeds: int
+) -> str:
     """Return the sentence that a comparison ends with.
 
     Args:
         quality: the target in words.
         place: network, Q, workers and budgets in words.
         is_complete: True if every way had an arm in the comparison.
+        failed: arms with a budget of which no seed finished.
         num_seeds: of the comparison.
     """
     smoke = f"With {num_seeds} seeds, a smoke test. " if num_seeds < FEWEST_SEEDS else ""
@@ -125,4 +129,5 @@ def regime_text(regime: Regime, *, quality: str, place: str, is_complete: bool, 
     first, *others = regime.fastest
     word = f"{first} takes the least time" if not others else f"{' and '.join(regime.fastest)} are not told apart"
     missing = "" if is_complete else " Not every way was compared: add I to --arms for data-parallel training."
-    return f"{begin}{word} to {quality}: {times}.{missing}"
+    untold = f" {', '.join(failed)} failed, and may take less." if failed else ""
+    return f"{begin}{word} to {quality}: {times}.{missing}{untold}"

@@ -42,8 +42,8 @@ def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
     - an Arrow table, or another library's frame: of images if it has an image column, else of columns, which a user's
       own task gets as arrays;
     - a pair of arrays, inputs and targets, which are then named "inputs" ("image" for images) and "target" ("label"
-      for a class for each image, "mask" for an integer for each pixel). Floats [N, A, B] beside labels are images only
-      if A = B;
+      for a class for each image, "mask" for an integer for each pixel). Floats or truth values [N, A, B] beside labels
+      are images only if A = B;
     - a dict of named arrays;
     - a torch Dataset with a length, whose items are such pairs or dicts.
 
@@ -208,7 +208,7 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> pa.Tabl
     is_uint8_image = inputs.dtype == np.uint8 and (inputs.ndim == 3 or (inputs.ndim == 4 and inputs.shape[3] in (1, 3)))
     is_label = targets.dtype.kind in "iuUOb" and targets.size == len(targets)  # Keras has CIFAR's labels as [N, 1]
     is_mask = inputs.ndim in (3, 4) and targets.dtype.kind in "iub" and targets.shape == inputs.shape[:3]
-    if inputs.ndim == 3 and inputs.dtype.kind == "f" and is_label and len({*inputs.shape[1:]}) > 1 and ":" not in task:
+    if inputs.ndim == 3 and inputs.dtype.kind in "fb" and is_label and len({*inputs.shape[1:]}) > 1 and ":" not in task:
         raise ValueError(
             f"{where} has {_shown(inputs)} beside labels, which may be series or grey images: name them, {_SERIES} for "
             "numbers that are standardised, dict(image=…, label=…) for pixels in [0, 1], which become 8 bits"
