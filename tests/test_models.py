@@ -320,7 +320,9 @@ def test_networks_over_tables_are_tried_as_those_over_images(users_module):
         build_model(ModelConfig(name=f"{users_module}:NoBatch"), TABLE, seed=0)
     with pytest.raises(ValueError, match=r"outputs \[2, 6, 9\]: those dimensions are in another order"):
         build_model(ModelConfig(name=f"{users_module}:classes_before_tokens"), TEXT, seed=0)
-    with pytest.raises(ValueError, match=r"InPlace cannot take inputs of shape \[2, 6\]: .*; these are zeros"):
+    with pytest.raises(
+        ValueError, match=r"InPlace cannot take inputs of shape \[2, 6\]: .*; these are zeros, which it must"
+    ):
         build_model(ModelConfig(name=f"{users_module}:InPlace"), dataclasses.replace(TEXT, outputs=(2,)), seed=0)
 
 

@@ -57,7 +57,7 @@ def test_every_batch_has_draws_of_its_own():
 
 
 MISTAKES = {
-    "forgets": r"returned image torch.uint8 \[64, 8, 8, 1\], and got image .*, label .*: keep names",
+    "forgets": r"returned image torch.uint8 \[64, 8, 8, 1\], and got image .*, label .*: keep .* may make others",
     "returns_none": "returned a NoneType, and got image .*, label ",
     "widens": r"returned image torch.float32 \[64, 8, 8, 1\], .* and got image torch.uint8 \[64, 8, 8, 1\]",
     "from_elsewhere": "gave other rows with the same generator: draw from the generator alone",

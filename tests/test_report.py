@@ -244,6 +244,22 @@ def test_gap_is_validation_less_own_loss():
     assert row(part, "2") == ("2", "3.00", "25", "0.1000", "0.2200", "+0.1200", "64.00%", "epochs")
 
 
+def test_a_loss_that_depends_on_the_batch_has_no_gap():
+    """NT-Xent of 323 examples and of 144 differ by the logarithm of their number alone."""
+    record = a_record()
+    record["task"] = {
+        "name": "m:T",
+        "loss": "NT-Xent",
+        "quality": ACCURACY.to_dict(),
+        "compares_examples": True,
+    }
+    part = one(sections(record), "Minima")
+    assert row(part, "2") == ("2", "3.00", "25", "0.1000", "0.2200", "64.00%", "epochs")
+    told = text(sections(record))
+    assert "losses on them and on validation data do not compare" in told
+    assert "that on its own subset" not in told
+
+
 def test_squared_error_shows_the_ratio_beside_what_least_squares_would_give():
     config = Config().with_overrides({"task.loss": "squared_error"})
     part = one(sections(a_record(config)), "Minima")

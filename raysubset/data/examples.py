@@ -64,7 +64,8 @@ class OwnAugmentation:
     def _check(self, augmented: object, rows: Mapping[str, Tensor]) -> None:
         if (returned := _described(augmented)) != (wanted := _described(rows)):
             text = f"returned {returned}, and got {wanted}: keep names, types and shapes"
-            raise misfit(_FIELD, self.reference, text)
+            remedy = "draw() and batch() of a task of your own may make others, such as two views of an image"
+            raise misfit(_FIELD, self.reference, f"{text}; {remedy}")
 
 
 def _described(rows: object) -> str:

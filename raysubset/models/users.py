@@ -96,7 +96,8 @@ def _try_evaluation(name: str, model: nn.Module, spec: Spec) -> None:
         except Exception as error:  # the user's forward() may raise anything
             description = f"{_kind(spec)}s of shape {list(inputs.shape)}{' [N, C, H, W]' if spec.is_image else ''}"
             suffix = "" if num > 1 else ", one alone, in evaluation mode"
-            raise ValueError(f"{name} cannot take {description}{suffix}: {one_line(error)}; these are zeros") from error
+            remedy = "these are zeros, which it must take, as an example that is all padding"
+            raise ValueError(f"{name} cannot take {description}{suffix}: {one_line(error)}; {remedy}") from error
         _check_outputs(name, outputs, num, spec, "")
 
 

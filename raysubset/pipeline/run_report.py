@@ -120,7 +120,9 @@ def data_record(full_set: FullSet) -> dict[str, Any]:
 
 def task_record(full_set: FullSet) -> dict[str, Any]:
     """Return the report's record of the task: its name, its loss in words, and its quality for quality_of()."""
-    return {"name": full_set.task.name, "loss": full_set.task.loss_name, "quality": full_set.quality.to_dict()}
+    task = full_set.task
+    record = {"name": task.name, "loss": task.loss_name, "quality": full_set.quality.to_dict()}
+    return record | ({"compares_examples": True} if task.compares_examples else {})
 
 
 def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:

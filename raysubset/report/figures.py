@@ -97,6 +97,11 @@ def loss_name(record: Record) -> str:
     return (record.get("task") or {}).get("loss", "loss")
 
 
+def compares_examples(record: Record) -> bool:
+    """Return True if the loss depends on how many examples a batch has, so that sets of other sizes differ by that."""
+    return bool((record.get("task") or {}).get("compares_examples"))
+
+
 def is_least_squares(record: Record) -> bool:
     return loss_name(record).startswith("squared error")
 

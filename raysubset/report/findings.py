@@ -8,7 +8,15 @@ from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
 from raysubset.report.beside import Beside
 from raysubset.report.commands import comparison_beside, conventional_beside, margin_in_words, subset_pretraining_beside
-from raysubset.report.figures import NOISE_ERRORS, Record, difference, finite, mean_metrics, standard_error
+from raysubset.report.figures import (
+    NOISE_ERRORS,
+    Record,
+    compares_examples,
+    difference,
+    finite,
+    mean_metrics,
+    standard_error,
+)
 from raysubset.report.parts import Command
 
 
@@ -41,6 +49,10 @@ def _of_minima(record: Record, minima: list[Record]) -> Iterator[str | Note]:
     q = f"{min(ratios):.3g}" if max(ratios) - min(ratios) < 0.01 else f"{min(ratios):.3g} to {max(ratios):.3g}"
     side = "above" if gap >= 0 else "below"
     text = f"Subsets of Q = {q}: a minimum's validation loss is {abs(gap):.4f} {side} that on its own subset"
+    if compares_examples(record):
+        text = (
+            f"Subsets of Q = {q}: losses on them and on validation data do not compare, as their batches differ in size"
+        )
     yield f"{text}{', which does not determine the network (Q < 1).' if min(ratios) < 1 else '.'}"
     cut = len(record["overdetermination_ratio"]["subsets"])
     if cut > len(minima):

@@ -17,6 +17,7 @@ from raysubset.report.commands import command
 from raysubset.report.curves import run_stages, training_plot
 from raysubset.report.figures import (
     Record,
+    compares_examples,
     finite,
     formatted,
     is_least_squares,
@@ -281,6 +282,11 @@ def _minima(record: Record, rounds: Sequence[Record]) -> Section:
         picks = (("mean", fmean, outcomes), ("least", min, ""), ("greatest", max, ""))
         rows = [(f"{name} of {len(minima)}", pick, minima, outcome) for name, pick, outcome in picks]
     lines = ["The gap is validation loss less own loss, that on the minimum's subset, both without augmentation."]
+    if compares_examples(record):
+        columns = [each for each in columns if each[0] != "gap"]
+        lines = [
+            "The loss depends on how many examples a batch has: subsets and validation data have no gap to compare."
+        ]
     if slots := record["decisions"].get("slots"):
         speeds = ", ".join(f"{kind} {speed:.4g}" for kind, speed in {s["kind"]: s["speed"] for s in slots}.items())
         lines.append(
