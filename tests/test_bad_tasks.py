@@ -118,6 +118,15 @@ def loaded(task: str = "bad_tasks:Own", data: str = "bad_tasks:rows", **settings
             "should be summed over the examples, each alone and without draws; or set compares_examples",
         ),
         (
+            "def loss(self, outputs, targets):\n        each = (outputs - targets).square().sum(1)\n"
+            "        return (each * targets[:, 0]).sum() / targets[:, 0].sum() * len(each)",
+            "of a batch is .* and of its examples one by one .* in sum: let it divide by nothing that depends on the b",
+        ),
+        *(
+            (f"def spec(self):\n        return Spec({sizes}, (2,))", r"Spec.inputs = .*: give a tuple of whole numbers")
+            for sizes in ("2", "{'a': (2,)}", "(None, 2)", "(2.0,)", "'2'")
+        ),
+        (
             "compares_examples = True\n\n    def loss(self, outputs, targets):\n"
             "        return (outputs @ outputs.T).logsumexp(1).mean()",
             "and of the batch twice .*: it should be summed over the examples, not their mean",

@@ -554,3 +554,10 @@ def test_a_damaged_outline_of_a_users_task_is_refused(key: str, value: Any):
     assert task_from_dict({"task": task}).spec() == Spec((2,), (3,))
     with pytest.raises(ValueError, match=r"task\.spec|task\.class_names|Spec\.num_values"):
         task_from_dict({"task": task | {key: value}})
+
+
+def test_sizes_of_a_spec_are_whole_numbers_whatever_held_them():
+    """JSON could not hold NumPy's, which a task may take from the shapes of its training data."""
+    spec = Spec([np.int64(3), 2], tuple(torch.tensor([4])))  # pyright: ignore[reportArgumentType]
+    assert spec == Spec((3, 2), (4,))
+    assert json.dumps([spec.inputs, spec.outputs]) == "[[3, 2], [4]]"

@@ -53,6 +53,14 @@ def _try(task: Task, rows: Mapping[str, Tensor]) -> None:
         f"loss() of a batch is {loss.item():g} and of the batch twice {doubled.item():g}: it should be summed over the "
         f"examples, {'not their mean' if is_mean else f'each alone and without draws; or {_COMPARES}'}",
     )
+    if not task.compares_examples:
+        pairs = zip(outputs.split(1), targets.split(1), strict=True)
+        one_by_one = sum(_called(task, "loss", *pair).item() for pair in pairs)
+        need(
+            math.isclose(one_by_one, loss.item(), rel_tol=1e-3, abs_tol=1e-6) or not math.isfinite(loss.item()),
+            f"loss() of a batch is {loss.item():g} and of its examples one by one {one_by_one:g} in sum: let it divide "
+            f"by nothing that depends on the batch, such as a number of tokens or weights; or {_COMPARES}",
+        )
     if type(task).residuals not in (Task.residuals, LossTask.residuals):
         each = _called(task, "residuals", outputs, targets)
         fits = isinstance(each, Tensor) and each.ndim and len(each) == num

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -20,6 +21,15 @@ class Spec:
     dimension, such as ids of users and items, (60, 150). If it has None beside ids or masks, all are float32."""
 
     def __post_init__(self) -> None:
+        for name in ("inputs", "outputs"):
+            given = getattr(self, name)
+            try:
+                object.__setattr__(self, name, tuple(index(size) for size in given))
+            except TypeError as error:
+                raise ValueError(
+                    f"Spec.{name} = {given!r}: give a tuple of whole numbers, the sizes of one example without the "
+                    "batch, such as (3, 32, 32) or (10,); several parts are joined to one tensor"
+                ) from error
         if not isinstance(self.num_values, tuple):
             return
         if len(self.num_values) != self.inputs[-1]:
