@@ -75,7 +75,7 @@ def gathered(
     plan: Any = SimpleNamespace(network=sizes, subset_ratios=(2.0,), full_set_ratio=8.0, subsets=(None,), **sizes)
     plan.ratios = {"full_set": 8.0, "subsets": [2.0]}
     full_set: Any = SimpleNamespace(train=range(NUM_TRAIN), quality=quality)
-    full_set.task = SimpleNamespace(name="a task", loss_name="a loss")
+    full_set.task = SimpleNamespace(name="a task", loss_name="a loss", compares_examples=False)
     begin, step = (2.0, -0.1) if quality == BITS else (0.5, 0.1)
 
     def leg(stage: Any, budget: float, seed: int, value: float | None) -> Leg:
@@ -143,7 +143,11 @@ def test_a_claim_is_not_refuted_while_another_arm_failed_at_what_may_be_a_tenth(
 
 def test_equal_accuracies_on_ten_test_examples_are_not_certainly_equal(compared: Compared, monkeypatch: Any):
     monkeypatch.setattr(Done, "tested", lambda leg: {"loss": 1.0, "num_examples": 10, "accuracy": 0.9})
-    (point,) = compared(ACCURACY, 0.9)["arms"][1]["points"]
+    record = compared(ACCURACY, 0.9)
+    baseline = record["arms"][0]["points"]
+    itself = next(point for point in baseline if point["budget"] == record["conventional"]["budget"])
+    assert (itself["difference"]["low"], itself["difference"]["high"], itself["is_non_inferior"]) == (0, 0, True)
+    (point,) = record["arms"][1]["points"]
     assert point["difference"]["low"] == pytest.approx(-0.0555, abs=1e-4)  # 2.776 * 0.1 / 5
     assert not point["is_non_inferior"]  # by more than 1 point
     assert point["mean"]["test_accuracy_interval"]["high"] == pytest.approx(0.9555, abs=1e-4)

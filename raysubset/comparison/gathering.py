@@ -68,7 +68,8 @@ def gather(
     gains: list[tuple[str, Interval, Record]] = []  # of candidates at their points, and the means there
     for arm in arms:
         for point in arm["points"]:
-            gain = paired_difference(_gains(point["runs"], quality), reference, step=step)
+            is_itself = point is conventional  # which differs in nothing
+            gain = paired_difference(_gains(point["runs"], quality), reference, step=0.0 if is_itself else step)
             point["difference"] = None if gain is None else dataclasses.asdict(_turned(gain, quality))
             point["is_non_inferior"] = None if gain is None else gain.low > -margin
             if gain is not None and arm["role"] == "candidate":
