@@ -78,6 +78,29 @@ class Noisy(nn.Module):
 def noisy_in_training(num_classes, shape):
     return Noisy(num_classes, shape, False)
 
+class Adapted(nn.Linear):
+    def __init__(self, of):
+        super().__init__(of.in_features, of.out_features)
+        self.weight, self.bias = of.weight.requires_grad_(False), of.bias.requires_grad_(False)
+        self.low, self.high = nn.Parameter(torch.ones(2, of.in_features)), nn.Parameter(torch.zeros(of.out_features, 2))
+    def forward(self, inputs):
+        return super().forward(inputs) + inputs @ self.low.T @ self.high.T
+
+class Attending(nn.Module):
+    def __init__(self, num_classes, adapted):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.layer.linear1 = adapted(self.layer.linear1)
+        self.head = nn.Linear(8, num_classes)
+    def forward(self, images):
+        return self.head(self.layer(images[:, 0]).mean(1))
+
+def attending(num_classes, shape):
+    return Attending(num_classes, Adapted)
+
+def attending_unchanged(num_classes, shape):
+    return Attending(num_classes, lambda layer: layer)
+
 class HalfOnly(nn.Module):
     def __init__(self, num_classes, shape):
         super().__init__()
@@ -137,6 +160,18 @@ def test_a_network_that_draws_where_it_is_measured_is_warned_of():
     assert line.startswith("warning: sound_networks:Noisy gives other outputs for the same input in evaluation mode")
     assert lines("noisy_in_training") == []
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_adapters_that_evaluation_would_pass_by_are_told():
+    """As torch's fast path of attention does, which reads the weights of layers itself; they begin without effect."""
+    (line,) = lines("attending")
+    assert line.startswith("warning: sound_networks:attending is measured without a part of it: in evaluation torch's")
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        assert not lines("attending")
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert not lines("attending_unchanged")
 
 
 def test_parameters_that_steps_leave_out_are_named():

@@ -1,17 +1,26 @@
 """Checks that network, recipes and batches fit together, before a run, by counting and by trying copies."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raysubset.aggregation import methods_tried
-from raysubset.config import WHOLE_SUBSET, Config, TrainingStage
-from raysubset.data import FullSet
+from raysubset.config import WHOLE_SUBSET, Config, MinimizeConfig, TrainingStage
+from raysubset.data import Examples, FullSet
 from raysubset.errors import counted, listed, one_line
 from raysubset.events import Note
-from raysubset.models import architecture, generators_restored, has_dropout, needs_default_layout, num_parameters
+from raysubset.models import (
+    architecture,
+    copied,
+    dtype_of,
+    generators_restored,
+    has_dropout,
+    needs_default_layout,
+    num_parameters,
+)
 from raysubset.tasks import CrossEntropy, SquaredError
 from raysubset.training import (
     Shard,
@@ -204,6 +213,10 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
     if not torch.allclose(first, again, equal_nan=True):
         text = "gives other outputs for the same input in evaluation mode, so what is measured is random and differs "
         notes.append(Note(f"{name} {text}from run to run: let it draw only if self.training", is_warning=True))
+    elif _is_passed_by(model, sample, config.minimize):
+        text = "is measured without a part of it: in evaluation torch's fast path of attention passes by what replaces "
+        remedy = "its layers, as adapters do; call torch.backends.mha.set_fastpath_enabled(False) where you build it"
+        notes.append(Note(f"{name} {text}{remedy}", is_warning=True))
     if needs_default_layout(model) and config.minimize.channels_last:
         text = (
             f"{name} cannot be trained in the channels-last layout, as where view() follows a convolution: it gets its "
@@ -220,3 +233,29 @@ def findings(config: Config, full_set: FullSet, model: nn.Module) -> list[Note]:
         text = f"{name} ends in a log_softmax, which squared error compares with 0 and 1"
         notes.append(Note(f"{text}: have it return logits, or set --task.loss cross_entropy", is_warning=True))
     return notes
+
+
+def _is_passed_by(model: nn.Module, sample: Examples, recipe: MinimizeConfig) -> bool:
+    """Return True if torch's fast path of attention, taken in evaluation alone, computes another network.
+
+    It reads the weights of a layer's parts and calls none of them. All weights are moved before, as adapters begin
+    where they change nothing.
+    """
+    if not any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules()):
+        return False
+    network, num = copied(model).eval(), min(2, len(sample))
+    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype_of(model)}
+    ((inputs, _),) = sample.select(torch.arange(num)).in_order([num], **layout)
+    was_enabled, outputs = torch.backends.mha.get_fastpath_enabled(), list[Tensor]()
+    with generators_restored(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        try:
+            for is_enabled in (was_enabled, False):
+                torch.backends.mha.set_fastpath_enabled(is_enabled)
+                outputs.append(network(inputs))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(was_enabled)
+    tolerance = 1e-3 * float(outputs[0].abs().max())
+    return not torch.allclose(*outputs, rtol=1e-3, atol=tolerance, equal_nan=True)
