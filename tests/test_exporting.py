@@ -1,6 +1,7 @@
 """Exported files compute what the model does; predictions of files are the model's."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,19 @@ def test_the_torch_export_file_computes_the_same_for_any_number_of_images(direct
         for num in (1, 5):
             torch.testing.assert_close(program(images[:num]), load_model(directory)(images[:num]))
     assert json.loads(extra["class_names"]) == list(NAMES)
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "onnxscript._framework_apis.torch_2_99"])
+def test_a_package_for_onnx_that_is_missing_or_too_old_is_named(
+    missing: str, directory: str, tmp_path: Path, monkeypatch
+):
+    def needs_a_newer_onnxscript(*arguments: Any, **options: Any) -> None:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(torch.onnx, "export", needs_a_newer_onnxscript)
+    with pytest.raises(ValueError, match=rf"ONNX export needs {missing}: pip install -U 'raysubset\[export\]'"):
+        export_model(directory, str(tmp_path / "m.onnx"), format="onnx")
 
 
 @pytest.mark.parametrize("model", [ModelConfig(name="cnn"), ModelConfig(name="resnet18")], ids=lambda model: model.name)

@@ -107,21 +107,23 @@ def _write_torch(model: TrainedModel, sample: torch.Tensor, target: Path) -> Non
 
 
 def _write_onnx(model: TrainedModel, sample: torch.Tensor, target: Path) -> None:
+    graph = export(model, sample)
     try:
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx needs it and fails without it only halfway
-    except ImportError as error:
-        raise ValueError(f"ONNX export needs {error.name}: pip install 'raysubset[export]'") from error
-    program = torch.onnx.export(
-        export(model, sample),
-        (sample,),
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+
+        program = torch.onnx.export(
+            graph,
+            (sample,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    except ImportError as error:  # a package is missing, or is older than this torch needs
+        raise ValueError(f"ONNX export needs {error.name}: pip install -U 'raysubset[export]'") from error
     assert program is not None
     proto = program.model_proto
     onnx.helper.set_model_props(proto, _metadata(model))
