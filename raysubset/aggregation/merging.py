@@ -117,7 +117,7 @@ def merge(
         score=measure,
         align=align,
         seed=seed,
-        tied=tied_names(members[0] if network is None else network.state_dict()),
+        tied=tied_names(members[0] if network is None else network.state_dict(keep_vars=True)),
     )
     return combine_in(context, minima, config).weights
 

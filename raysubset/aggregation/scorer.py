@@ -76,7 +76,8 @@ class Scorer:
             self._num_forward += soup.alignment["num_forward"]
             return soup
 
-        return Context(start, self.parameter_names, self.score, align, seed, tied_names(self._model.state_dict()))
+        tied = tied_names(self._model.state_dict(keep_vars=True))
+        return Context(start, self.parameter_names, self.score, align, seed, tied)
 
     @property
     def parameter_names(self) -> frozenset[str]:

@@ -28,11 +28,14 @@ def trainable_names(model: nn.Module) -> frozenset[str]:
 
 
 def tied_names(weights: Mapping[str, Tensor]) -> list[list[str]]:
-    """Return the keys of a network's state dict that share one tensor, as tied weights do, in the dict's order."""
+    """Return the keys of a network's state dict that share one tensor, as tied weights do, in the dict's order.
+
+    Give state_dict(keep_vars=True): some tensors, such as fake ones, tell no address, and only their objects differ.
+    """
     names = defaultdict[Any, list[str]](list)
     for name, tensor in weights.items():
         if tensor.numel():
-            names[tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()].append(name)
+            names[tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride()].append(name)
     return [group for group in names.values() if len(group) > 1]
 
 
