@@ -29,10 +29,10 @@ Result:     Test accuracy in % (± 95 % by Student's t), n = 3 seeds, 8 passes i
             4.9 ± 0.5 points with Muon, by 1.3 ± 2.2, 3.0 ± 1.3 and 5.9 ± 2.4 with SGD: with 64, three seeds tell no
             difference. Muon is ahead of SGD by 4.3 ± 0.4 points with 64 exchanges, 4.3 ± 2.2 with 16, 4.8 ± 1.4 with 4
             and 3.7 ± 1.4 in data-parallel training: the gain is Muon's, whatever the way of training, and fewer
-            exchanges cost it as much as SGD. 64 exchanges of Muon's minima are 3.1 ± 2.6 points above data-parallel SGD.
-            Validation accuracy of SGD with 64 exchanges at rates of 0.05, 0.1, 0.2 and 0.4 was 67.9, 69.4, 70.5 and
-            68.0 %; at 0.1, 0.2 and 0.4 with 16 exchanges 66.5, 69.4 and 66.1, with 4 65.7, 66.6 and 63.7. Eight devices
-            are not measured yet.
+            exchanges cost it as much as SGD. 64 exchanges of Muon's minima are 3.1 ± 2.6 points above data-parallel
+            SGD. SGD's validation accuracy with 64 exchanges at rates of 0.05, 0.1, 0.2 and 0.4 was 67.9, 69.4, 70.5
+            and 68.0 %; at 0.1, 0.2 and 0.4 with 16 exchanges 66.5, 69.4 and 66.1, with 4 65.7, 66.6 and 63.7. Eight
+            devices are not measured yet.
 """
 
 import os
