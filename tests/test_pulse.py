@@ -1,12 +1,15 @@
 """When work stands still, by a clock that the test turns."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import RpcError
 
 from raysubset import pulse as pulse_module
+from raysubset.cluster import pulses
 from raysubset.pulse import Pulse, Watch, beat, begin, pulse
 from tests.tiny import between_instructions, image_examples
 
@@ -123,3 +126,30 @@ def test_a_pulse_is_of_one_moment_whatever_the_work_does_meanwhile(monkeypatch: 
 
     assert answers(lambda: beats(1, 1.0)) == {(5, 1.0), (6, 1.0)}
     assert answers(next_piece) == {(5, 1.0), (4, 10.0)}
+
+
+class _Store:
+    """Ray's control store, as far as request_stop() uses it. Looking a key up raises the error."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.keys, self.error = set[str](), error
+
+    def _internal_kv_put(self, key: str, value: bytes, *, namespace: str) -> None:
+        self.keys.add(key)
+
+    def _internal_kv_del(self, key: str, *, namespace: str) -> None:
+        self.keys.remove(key)
+
+    def _internal_kv_exists(self, key: str, *, namespace: str) -> bool:
+        raise self.error
+
+
+@pytest.mark.parametrize(("error", "raises"), [(RpcError("unavailable"), False), (KeyboardInterrupt(), True)])
+def test_a_request_to_stop_does_not_outlive_its_wait_nor_replace_the_ctrl_c_that_made_it(
+    error: BaseException, raises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _Store(error)
+    monkeypatch.setattr(pulses, "internal_kv", store)
+    with pytest.raises(KeyboardInterrupt) if raises else nullcontext():
+        pulses.request_stop("job/00000", timeout_s=60.0)
+    assert not store.keys

@@ -84,12 +84,18 @@ def processes_at(prefix: str) -> dict[str, Process]:
 
 
 def request_stop(key: str, *, timeout_s: float) -> None:
-    """Ask the process that publishes under the key, if any, to stop, and wait until it has left its block."""
-    internal_kv._internal_kv_put(key, b"", namespace=_STOPS)
+    """Ask the process that publishes under the key, if any, to stop, and wait until it has left its block.
+
+    If the control store does not answer, nobody is asked.
+    """
     until = time.monotonic() + timeout_s
-    while internal_kv._internal_kv_exists(key, namespace=_NAMESPACE) and time.monotonic() < until:
-        time.sleep(0.05)
-    internal_kv._internal_kv_del(key, namespace=_STOPS)
+    with suppress(RpcError):
+        internal_kv._internal_kv_put(key, b"", namespace=_STOPS)
+        try:
+            while internal_kv._internal_kv_exists(key, namespace=_NAMESPACE) and time.monotonic() < until:
+                time.sleep(0.05)
+        finally:  # also if a second Ctrl-C cuts the wait short
+            internal_kv._internal_kv_del(key, namespace=_STOPS)
 
 
 def forget(prefix: str) -> None:

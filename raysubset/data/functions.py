@@ -14,10 +14,10 @@ from raysubset.config import DataConfig, nearest
 from raysubset.data.columns import read_columns
 from raysubset.data.finding import DataFiles, Ignored
 from raysubset.data.split import SplitName
-from raysubset.data.tables import Tables, holds_images, is_list, tables_in_memory
+from raysubset.data.tables import Tables, holds_images, holds_lists, tables_in_memory
 from raysubset.errors import first_line, with_article
 from raysubset.events import Note
-from raysubset.tasks.columns import is_string
+from raysubset.tasks.columns import is_list, is_string
 from raysubset.user_code.functions import call_function
 from raysubset.user_code.given import is_given
 
@@ -89,7 +89,7 @@ def read_table_arrays(files: DataFiles, config: DataConfig) -> Arrays:
 def _table_arrays(table: pa.Table, where: str) -> dict[str, np.ndarray]:
     arrays = dict[str, np.ndarray]()
     for field, column in zip(table.schema, table.columns, strict=True):
-        values = _of_lists(column, f"{field.name} of {where}") if is_list(field) else column.to_numpy()
+        values = _of_lists(column, f"{field.name} of {where}") if holds_lists(field) else column.to_numpy()
         arrays[field.name] = values.astype(str) if is_string(field.type) else values
     return _named_arrays(arrays, where)
 
@@ -101,7 +101,7 @@ def _of_lists(column: pa.ChunkedArray, where: str) -> np.ndarray:
         ValueError: with a row whose list is missing or differs in length from the first row's.
     """
     values, shape = column.combine_chunks(), [len(column)]
-    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
+    while is_list(values.type):
         lengths = np.asarray(compute.call_function("list_value_length", [values]).fill_null(-1))
         unlike = np.flatnonzero((lengths != lengths[:1]) | (lengths < 0))
         if len(unlike):

@@ -15,7 +15,7 @@ from raysubset.data.row_groups import RowGroups, TableGroups, concatenated
 from raysubset.data.split import SplitName
 from raysubset.data.targets import UNLABELLED, named_labels
 from raysubset.events import Note
-from raysubset.tasks.columns import OF_LISTS, kind_of_column
+from raysubset.tasks.columns import OF_LISTS, is_list, kind_of_column
 
 _MOST_COLUMNS = 50  # listed in one message
 
@@ -68,7 +68,7 @@ def holds_images(schema: pa.Schema, config: DataConfig) -> bool:
     if config.columns is not None:
         return False
     is_named = config.image_column in schema.names or config.image_column != DataConfig.image_column
-    return is_named or not all(_is_plain(field.type) or is_list(field) for field in schema)
+    return is_named or not all(_is_plain(field.type) or holds_lists(field) for field in schema)
 
 
 def choose_columns(schema: pa.Schema, where: str, config: DataConfig, task: str) -> Choice:
@@ -104,7 +104,7 @@ def choose_columns(schema: pa.Schema, where: str, config: DataConfig, task: str)
     if features:
         refuse_absent(features, names, where, option="columns")
         return Choice(features, targets, are_images, tuple(notes))
-    if lists := [field for field in schema if is_list(field) and field.name not in targets]:
+    if lists := [field for field in schema if holds_lists(field) and field.name not in targets]:
         text = f"column {lists[0].name} of {where} holds {lists[0].type}, which is no number, time or text"
         raise ValueError(f"{text}{OF_LISTS}; --data.columns names the columns to learn from")
     others = [name for name in names if name not in targets]
@@ -164,11 +164,9 @@ def join_splits(
     return Tables(splits, choice, tuple(notes), streamed)
 
 
-def is_list(field: pa.Field) -> bool:
+def holds_lists(field: pa.Field) -> bool:
     """Return True for a column of lists, which are no tensors that ray.data wrote."""
-    return (
-        pa.types.is_list(field.type) or pa.types.is_large_list(field.type) or pa.types.is_fixed_size_list(field.type)
-    ) and b"ARROW:extension:name" not in (field.metadata or {})
+    return is_list(field.type) and b"ARROW:extension:name" not in (field.metadata or {})
 
 
 def _is_plain(type_: pa.DataType) -> bool:

@@ -48,12 +48,10 @@ def _of_minima(record: Record, minima: list[Record]) -> Iterator[str | Note]:
     gap = sum(finite(m["validation"]["loss"]) - finite(m["training"]["loss"]) for m in minima) / len(minima)
     q = f"{min(ratios):.3g}" if max(ratios) - min(ratios) < 0.01 else f"{min(ratios):.3g} to {max(ratios):.3g}"
     side = "above" if gap >= 0 else "below"
-    text = f"Subsets of Q = {q}: a minimum's validation loss is {abs(gap):.4f} {side} that on its own subset"
+    text = f"a minimum's validation loss is {abs(gap):.4f} {side} that on its own subset"
     if compares_examples(record):
-        text = (
-            f"Subsets of Q = {q}: losses on them and on validation data do not compare, as their batches differ in size"
-        )
-    yield f"{text}{', which does not determine the network (Q < 1).' if min(ratios) < 1 else '.'}"
+        text = "losses on them and on validation data do not compare, as their batches differ in size"
+    yield f"Subsets of Q = {q}: {text}{', which does not determine the network (Q < 1).' if min(ratios) < 1 else '.'}"
     cut = len(record["overdetermination_ratio"]["subsets"])
     if cut > len(minima):
         text = f"{cut - len(minima)} of {cut} subsets failed for good; they are not in the result."

@@ -426,8 +426,13 @@ def kind_of_column(type_: pa.DataType) -> Kind | None:
     return "number" if any(is_kind(type_) for is_kind in is_any) else None
 
 
+def is_list(type_: pa.DataType) -> bool:
+    """Return True for lists of any length, and of a fixed one."""
+    return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+
+
 def _remedy(type_: pa.DataType) -> str:
-    return OF_LISTS if pa.types.is_nested(type_) and not pa.types.is_struct(type_) else ""
+    return OF_LISTS if is_list(type_) else ""
 
 
 def is_number(text: str) -> bool:
