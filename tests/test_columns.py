@@ -3,6 +3,8 @@
 import dataclasses
 import datetime
 import json
+import math
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -102,6 +104,50 @@ def test_missing_values_are_filled_as_asked():
     assert "sex (1, such as a missing one)" in str(more[0])
 
 
+@pytest.mark.parametrize("kind", [pa.list_, pa.large_list, lambda each: pa.list_(each, 3)])
+@pytest.mark.parametrize("number", [pa.float16(), pa.float64(), pa.int8()])
+def test_lists_are_the_features_that_their_numbers_in_columns_would_be(kind: Callable[..., Any], number: pa.DataType):
+    lists, age = [[1, 5, 7], [2, None, 7], None, [4, 9, 7]], [3, 1, 2, 8]
+    seen = pa.array([each and [None if n is None else number.to_pandas_dtype()(n) for n in each] for each in lists])
+    table = pa.table({"seen": seen.cast(kind(number)), "age": age})
+    inputs, notes = fit_columns(table, ["seen", "age"], missing="mean")
+    assert inputs.feature_names == ("seen[0]", "seen[1]", "seen[2]", "age")
+    assert [str(note) for note in notes] == [
+        "missing values of the table filled with the training mean: seen[0] (1), seen[1] (2)",
+        "each number of a list is a feature: seen (3)",
+    ]
+    apart = pa.table({f"seen[{k}]": [each and each[k] for each in lists] for k in (0, 1)} | {"age": age})
+    oracle, _ = fit_columns(apart, apart.column_names, missing="mean")
+    features, _ = inputs.encode(table)
+    np.testing.assert_array_equal(features[:, [0, 1, 3]], oracle.encode(apart)[0])
+    assert features[:, 2].tolist() == [0, 0, 0, 0]  # the same in all rows
+    shift, scale = inputs.scaling()
+    assert (shift[2], scale[2]) == (7, 1)
+    again = from_tree(TableInputs, json.loads(json.dumps(dataclasses.asdict(inputs))))
+    np.testing.assert_array_equal(again.encode(table.slice(1))[0], features[1:])
+    assert inputs.encode(table.slice(4))[0].shape == (0, 4)
+    with pytest.raises(ValueError, match=r"column seen of new\.csv has lists of 2 numbers; in training they had 3"):
+        inputs.encode(pa.table({"seen": [[1, 2]], "age": [1]}), where="new.csv")
+    with pytest.raises(ValueError, match="column seen of the table holds int64, such as 1; in training it was lists"):
+        inputs.encode(pa.table({"seen": [1], "age": [1]}))
+
+
+def test_missing_lists_and_numbers_in_them_are_refused_with_the_row():
+    for column, name in (([[1.0], None, [2.0]], "x"), ([[1.0], [None], [2.0]], r"x\[0\]")):
+        with pytest.raises(ValueError, match=f"column {name} has no value in row 1 of the table"):
+            fit_columns(pa.table({"x": column}), ["x"], missing="refuse")
+
+
+def test_lists_are_the_targets_that_their_numbers_in_columns_would_be():
+    table = pa.table({"box": [[1, 2], [3, 4]], "a": [5.0, 6.0]})
+    names, numbers = target_numbers(table, ["box", "a"])
+    assert (names, numbers.tolist()) == (("box[0]", "box[1]", "a"), [[1, 2, 5], [3, 4, 6]])
+    with pytest.raises(ValueError, match="the test split has 3 targets, and training 2: give lists of one length"):
+        target_numbers(table, ["box", "a"], where="the test split", num=2)
+    with pytest.raises(ValueError, match="the lists of box of the table are empty"):
+        target_numbers(pa.table({"box": [[], []]}), ["box"])
+
+
 def test_a_category_that_training_lacks_is_none_with_a_warning():
     inputs, _ = fit_columns(pa.table({"c": ["a", "b", "a"]}), ["c"], missing="refuse")
     found, (note,) = inputs.encode(pa.table({"c": ["z", "b", "z"]}), where="test.csv")
@@ -115,7 +161,11 @@ def test_a_category_that_training_lacks_is_none_with_a_warning():
         ([1.0, float("inf"), 2.0], r"column x is inf in row 1 of the table"),
         (["a", "b", "c"], r"column x of the table has another text in each row \(such as 'a'\).*--data.columns"),
         (["1", "2", "?"], r"\('\?' in row 2 of the table stands among numbers\); .*: correct it"),
-        ([[1], [2], [3]], r"column x of the table holds list<.*int64>, which is no number.*each number of the lists"),
+        ([[[1]], [[2]]], r"column x of the table holds list<.*list<.*, which is no number.*each number of the lists"),
+        ([["a"], ["b"]], r"column x of the table holds list<.*string>, which is no number.*each number of the lists"),
+        ([[1], None, [2, 3]], r"column x has a list of 2 in row 2 of the table, not 1: give all rows one length"),
+        ([[1, 0.5], [1, math.inf]], r"column x\[1\] is inf in row 1 of the table"),
+        ([[1.0], [1.0], None], r"no column of the table differs between rows \(x\)"),
         ([b"a", b"b", b"a"], r"column x of the table holds binary"),
         (
             [1e308, -1e308, 1e308],
@@ -206,9 +256,14 @@ def test_an_encoder_read_back_from_json_encodes_alike():
         ({"deviation": 0.0}, "deviation of 0"),
         ({"deviation": "1"}, r"inputs.columns\[0\].deviation = '1' should be float"),
         ({"mean": float("nan")}, "is no finite number"),
-        ({"kind": "nummer"}, "'nummer' is not one of number, time, category; did you mean number"),
+        ({"kind": "nummer"}, "'nummer' is not one of number, time, category, list; did you mean number"),
         ({"kind": "category", "values": ["b", "a"]}, "no list of distinct, sorted values"),
         ({"kind": "category"}, "no list of distinct, sorted values"),
+        ({"kind": "list"}, "no mean and deviation for each number"),
+        ({"kind": "list", "mean": [], "deviation": []}, "no mean and deviation for each number"),
+        ({"kind": "list", "mean": [0, 1], "deviation": [1]}, "no mean and deviation for each number"),
+        ({"kind": "list", "mean": [0], "deviation": [-1]}, "deviation of -1"),
+        ({"mean": [0.0], "deviation": [1.0]}, "no mean and deviation for each number"),
         ({"strange": 1}, r"there is no field inputs.columns\[0\].strange"),
     ],
 )
@@ -222,7 +277,7 @@ def test_a_strangers_encoder_is_refused_in_a_line(changes: dict[str, Any], messa
 
 def test_targets_are_numbers_as_they_stand():
     table = pa.table({"a": [1, 2], "b": [0.5, -0.5], "truth": [True, False]})
-    assert target_numbers(table, ["b", "a", "truth"]).tolist() == [[0.5, 1, 1], [-0.5, 2, 0]]
+    assert target_numbers(table, ["b", "a", "truth"])[1].tolist() == [[0.5, 1, 1], [-0.5, 2, 0]]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +287,8 @@ def test_targets_are_numbers_as_they_stand():
         ([1.0, None], "column x has no value in row 1 of prices: leave such rows out, a target cannot be filled in"),
         ([float("nan"), 1.0], "column x has no value in row 0 of prices"),
         ([1.0, float("-inf")], "column x is -inf in row 1 of prices"),
-        ([[1], [2]], "target x of prices holds list"),
+        ([[[1]], [[2]]], "target x of prices holds list"),
+        ([[1.0], [None]], r"column x\[0\] has no value in row 1 of prices: leave such rows out, a target"),
     ],
 )
 def test_a_target_that_is_no_number_is_refused(column: Any, message: str):

@@ -190,9 +190,19 @@ def test_lists_that_make_no_array_are_told_with_the_row(returned: Callable[..., 
 
 
 @pytest.mark.parametrize("settings", [{"target": "force"}, {"target": "force", "columns": "seen"}, {"target": "seen"}])
-def test_columns_of_lists_are_refused_by_named_tasks_with_the_way_out(returned: Callable[..., Any], settings: dict):
+def test_columns_of_lists_are_learned_by_named_tasks(returned: Callable[..., Any], settings: dict):
     """Not as a table that lacks a column of images."""
-    body = "return pa.table(dict(seen=[[1.0, 2.0], [3.0, 4.0]] * 20, force=[1.0, 2.0] * 20))"
+    body = "return pa.table(dict(seen=[[1.0, 2.0], [3.0, 5.0]] * 20, force=[1.0, 2.0] * 20))"
+    tables = returned(body, lambda config: read_returned(config, "regression"), **settings)
+    full_set = of_tables(tables, DataConfig(**settings), TaskConfig(name="regression"))
+    train = full_set.train.take(np.arange(2))
+    lists, force = ("inputs", "target") if settings["target"] == "force" else ("target", "inputs")
+    assert (train[lists].shape, train[force].shape) == ((2, 2), (2, 1))
+
+
+@pytest.mark.parametrize("settings", [{"target": "force"}, {"target": "force", "columns": "seen"}, {"target": "seen"}])
+def test_other_lists_are_refused_by_named_tasks_with_the_way_out(returned: Callable[..., Any], settings: dict):
+    body = "return pa.table(dict(seen=[[[1.0]], [[3.0]]] * 20, force=[1.0, 2.0] * 20))"
     with pytest.raises(ValueError, match=r"seen of .* holds list<.*give each number of the lists a column, or return"):
         of_tables(
             returned(body, lambda config: read_returned(config, "regression"), **settings),

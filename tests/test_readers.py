@@ -24,6 +24,7 @@ from pyarrow import fs
 
 from raysubset.config import DataConfig
 from raysubset.data import FullSet, finding, load_full_set
+from raysubset.data.columns import read_rows
 from raysubset.data.images import EncodedImages, as_images
 from raysubset.data.images import decode as decode_images
 from raysubset.data.layout import lay_out_images, lay_out_tables
@@ -1189,6 +1190,26 @@ def test_tensors_of_ray_data_are_read_without_it(tmp_path: Path, name: str, stre
     full_set = load(tmp_path / "a.parquet", streamed=streamed)
     rows = full_set.train.table["row"].to_numpy()
     assert np.array_equal(full_set.train.take()["image"], images[rows])
+
+
+@pytest.mark.parametrize("name", ["ray.data.arrow_tensor", "ray.data.arrow_tensor_v2", "arrow", "lists"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_vectors_are_features_whoever_wrote_them(tmp_path: Path, name: str, streamed: bool):
+    vectors = np.random.default_rng(0).integers(0, 255, (40, 3)).astype(np.uint8)
+    if name == "arrow":
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(vectors)
+    else:
+        column = pa.array(vectors.tolist()) if name == "lists" else ray_tensors([*vectors], name, b"[3]")
+    table = pa.table({"embedding": column, "label": [0, 1] * 20})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=16)
+    full_set = load(tmp_path / "a.parquet", streamed=streamed)
+    assert full_set.task.inputs.feature_names == ("embedding[0]", "embedding[1]", "embedding[2]")
+    for split in (full_set.train, full_set.test):
+        raw = vectors[full_set.train.table["row"].to_numpy()]
+        features = (vectors[split.table["row"].to_numpy()] - raw.mean(0)) / raw.std(0)
+        np.testing.assert_allclose(split.take()["inputs"], features, rtol=1e-5, atol=1e-6)
+    predicted = read_rows(str(tmp_path / "a.parquet"), full_set.task.inputs)
+    assert predicted["embedding"].to_pylist() == vectors.tolist()
 
 
 def test_tensors_of_ray_data_that_differ_in_shape_are_resized_or_refused(tmp_path: Path):

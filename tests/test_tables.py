@@ -353,7 +353,7 @@ def test_scikit_learns_tables_are_read_as_it_gives_them(name: str):
         [table.column(feature).to_numpy() for feature in tables.choice.features], loaded.data.T
     )
     if name == "diabetes":
-        assert target_numbers(table, ["target"])[:, 0].tolist() == loaded.target.tolist()
+        assert target_numbers(table, ["target"])[1][:, 0].tolist() == loaded.target.tolist()
     else:
         labels, names = classes_of(tables)
         assert (labels["train"].tolist(), names) == (loaded.target.tolist(), tuple(loaded.target_names))

@@ -309,10 +309,12 @@ def targets_of_tables(
         ValueError: for columns that the task cannot learn.
     """
     if task.name == "regression":
-        numbers: dict[SplitName, np.ndarray] = {
-            split: target_numbers(table, names, where=f"the {split} split") for split, table in tables.items()
-        }
-        return Targets("numbers", numbers, tuple(names))
+        target_names, train = target_numbers(tables["train"], names, where="the train split")
+        numbers: dict[SplitName, np.ndarray] = {"train": train}
+        for split, table in tables.items():
+            if split != "train":
+                _, numbers[split] = target_numbers(table, names, where=f"the {split} split", num=len(target_names))
+        return Targets("numbers", numbers, target_names)
     if task.name != "classification" and not task.is_class:
         raise ValueError(
             f"{config.name} is a table, and --task {task.name} cannot be learned from its columns: use classification "

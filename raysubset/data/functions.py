@@ -1,6 +1,5 @@
 """Reads data sets that a user's own `package.module:function` returns."""
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import compute
 
 from raysubset.config import DataConfig, nearest
 from raysubset.data.columns import read_columns
@@ -17,7 +15,7 @@ from raysubset.data.split import SplitName
 from raysubset.data.tables import Tables, holds_images, holds_lists, tables_in_memory
 from raysubset.errors import first_line, with_article
 from raysubset.events import Note
-from raysubset.tasks.columns import is_list, is_string
+from raysubset.tasks.columns import array_of_lists, is_string
 from raysubset.user_code.functions import call_function
 from raysubset.user_code.given import is_given
 
@@ -89,30 +87,12 @@ def read_table_arrays(files: DataFiles, config: DataConfig) -> Arrays:
 def _table_arrays(table: pa.Table, where: str) -> dict[str, np.ndarray]:
     arrays = dict[str, np.ndarray]()
     for field, column in zip(table.schema, table.columns, strict=True):
-        values = _of_lists(column, f"{field.name} of {where}") if holds_lists(field) else column.to_numpy()
+        if holds_lists(field):
+            values = array_of_lists(column, f"{field.name} of {where}", lambda row: f"in row {row}")
+        else:
+            values = column.to_numpy()
         arrays[field.name] = values.astype(str) if is_string(field.type) else values
     return _named_arrays(arrays, where)
-
-
-def _of_lists(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """Convert lists, also of lists, to an array [N, …].
-
-    Raises:
-        ValueError: with a row whose list is missing or differs in length from the first row's.
-    """
-    values, shape = column.combine_chunks(), [len(column)]
-    while is_list(values.type):
-        lengths = np.asarray(compute.call_function("list_value_length", [values]).fill_null(-1))
-        unlike = np.flatnonzero((lengths != lengths[:1]) | (lengths < 0))
-        if len(unlike):
-            row, length = int(unlike[0]) // math.prod(shape[1:]), int(lengths[unlike[0]])
-            problem = (
-                f"has no list in row {row}" if length < 0 else f"has a list of {length} in row {row}, not {lengths[0]}"
-            )
-            remedy = "give all rows one length, padded if need be, here or as arrays of a package.module:function"
-            raise ValueError(f"{where} {problem}: {remedy}")
-        values, shape = values.flatten(), [*shape, int(lengths[0]) if len(lengths) else 0]
-    return values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 def read_returned_texts(config: DataConfig) -> tuple[dict[SplitName, list[str]], tuple[Note, ...]]:

@@ -31,11 +31,9 @@ def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
     column, field = table.column(name), table.schema.field(name)
     if pa.types.is_binary_view(column.type):
         return column.cast(pa.large_binary())
-    metadata = field.metadata or {}
-    kind, shape = metadata.get(b"ARROW:extension:name", b"").decode(), metadata.get(b"ARROW:extension:metadata", b"")
-    if isinstance(column.type, pa.BaseExtensionType) and column.type.extension_name.startswith("ray.data."):
-        kind, shape = column.type.extension_name, column.type.__arrow_ext_serialize__()
-        column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+    kind, shape = _kind_of_tensors(field)
+    if isinstance(column.type, pa.BaseExtensionType) and kind.startswith("ray.data."):
+        column = _storage(column)
     is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     if kind in _RAY_TENSORS and is_list:
         return _fixed_shape_tensors(column, _ray_shape(shape, where), where)
@@ -45,6 +43,43 @@ def image_column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
             pixels = pa.chunked_array([chunk.field("data") for chunk in column.chunks])
             return _fixed_shape_tensors(pixels, list(shapes.pop()), where)
     return column
+
+
+def _kind_of_tensors(field: pa.Field) -> tuple[str, bytes]:
+    """Return the name of an extension type and its parameters, also where Arrow does not know the type."""
+    if isinstance(field.type, pa.FixedShapeTensorType):
+        return field.type.extension_name, json.dumps(field.type.shape).encode()
+    if isinstance(field.type, pa.ExtensionType):
+        return field.type.extension_name, field.type.__arrow_ext_serialize__()
+    metadata = field.metadata or {}
+    return metadata.get(b"ARROW:extension:name", b"").decode(), metadata.get(b"ARROW:extension:metadata", b"")
+
+
+def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+
+
+def vectors_as_lists(field: pa.Field) -> pa.Field:
+    """Return the field of a column of tensors in one dimension, Arrow's or ray.data's, as one of lists. Others stay."""
+    kind, shape = _kind_of_tensors(field)
+    if kind not in (*_RAY_TENSORS, "arrow.fixed_shape_tensor"):
+        return field
+    try:
+        lengths = json.loads(shape)
+    except ValueError:  # pickled, which image_column() refuses
+        return field
+    storage = getattr(field.type, "storage_type", field.type)
+    return pa.field(field.name, storage) if isinstance(lengths, list) and len(lengths) == 1 else field
+
+
+def with_lists(table: pa.Table) -> pa.Table:
+    """Return a table whose columns of tensors in one dimension, Arrow's or ray.data's, are lists."""
+    for place, field in enumerate(table.schema):
+        if (lists := vectors_as_lists(field)) is not field:
+            column = table.column(place)
+            is_known = isinstance(field.type, pa.BaseExtensionType)
+            table = table.set_column(place, lists, _storage(column) if is_known else column)
+    return table
 
 
 def plain(table: pa.Table, config: DataConfig, path: str) -> pa.Table:

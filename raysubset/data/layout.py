@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
+from raysubset.data.image_columns import vectors_as_lists, with_lists
 from raysubset.data.split import SplitName
 from raysubset.events import Note
 
@@ -45,12 +46,16 @@ class Placed:
     columns: Mapping[str, str | int | None] = field(default_factory=dict)  # of a table in hive folders, key=value
 
     def with_fields(self, schema: pa.Schema) -> pa.Schema:
-        """Add the columns that the file's folders name to its schema."""
+        """Add the columns that the file's folders name to its schema, in which vectors are lists."""
         names = [name for name in self.columns if name not in schema.names]
-        return pa.schema([*schema, *((name, pa.scalar(self.columns[name]).type) for name in names)], schema.metadata)
+        return pa.schema(
+            [*map(vectors_as_lists, schema), *((name, pa.scalar(self.columns[name]).type) for name in names)],
+            schema.metadata,
+        )
 
     def with_columns(self, table: pa.Table, *, left_out: Collection[str] = ()) -> pa.Table:
-        """Add the columns that the file's folders name to its table, except those left out."""
+        """Add the columns that the file's folders name to its table, except those left out. Vectors become lists."""
+        table = with_lists(table)
         for key, value in self.columns.items():
             if key not in {*table.column_names, *left_out}:
                 table = table.append_column(key, pa.repeat(pa.scalar(value), table.num_rows))

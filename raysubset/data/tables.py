@@ -86,7 +86,8 @@ def choose_columns(schema: pa.Schema, where: str, config: DataConfig, task: str)
     targets = split_names("target", config.target, schema.names)
     features = (config.image_column,) if are_images else split_names("columns", config.columns, schema.names)
     named = (*(targets or usual), *features)
-    names = [field.name for field in schema if field.name in named or _is_plain(field.type)]
+    learned = {field.name for field in schema if field.name in named or (not features and holds_lists(field))}
+    names = [field.name for field in schema if field.name in learned or _is_plain(field.type)]
     refuse_unreadable(schema, names, where)
     if targets:
         refuse_absent(targets, names, where, option="target")
@@ -104,10 +105,10 @@ def choose_columns(schema: pa.Schema, where: str, config: DataConfig, task: str)
     if features:
         refuse_absent(features, names, where, option="columns")
         return Choice(features, targets, are_images, tuple(notes))
-    if lists := [field for field in schema if holds_lists(field) and field.name not in targets]:
-        text = f"column {lists[0].name} of {where} holds {lists[0].type}, which is no number, time or text"
-        raise ValueError(f"{text}{OF_LISTS}; --data.columns names the columns to learn from")
     others = [name for name in names if name not in targets]
+    if other := next((field for field in schema if field.name in others and kind_of_column(field.type) is None), None):
+        text = f"column {other.name} of {where} holds {other.type}, which is no number, time or text"
+        raise ValueError(f"{text}{OF_LISTS}; --data.columns names the columns to learn from")
     row_numbers = [name for name in others if ROW_NUMBERS.fullmatch(name)]
     features = tuple(name for name in others if name not in row_numbers)
     if not features:
@@ -170,7 +171,8 @@ def holds_lists(field: pa.Field) -> bool:
 
 
 def _is_plain(type_: pa.DataType) -> bool:
-    return kind_of_column(type_.value_type if pa.types.is_dictionary(type_) else type_) is not None
+    kind = kind_of_column(type_.value_type if pa.types.is_dictionary(type_) else type_)
+    return kind is not None and kind != "list"
 
 
 def split_names(option: str, text: str | None, columns: Sequence[str]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -21,9 +21,10 @@ from raysubset.tasks.inputs import LEAST_DEVIATION, too_wide
 
 Missing = Literal["refuse", "mean"]
 NumberKind = Literal["number", "time"]  # a time is read as seconds
-Kind = NumberKind | Literal["category"]
+Kind = NumberKind | Literal["category", "list"]  # lists of numbers, as many in each row
 
 OF_LISTS = "; give each number of the lists a column, or return arrays from a function (--data.name module:function)"
+_ONE_LENGTH = "give all rows one length, padded if need be, here or as arrays of a package.module:function"
 _REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
 
 MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
@@ -38,28 +39,44 @@ _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 @dataclass(frozen=True)
 class InputColumn:
-    """A column of a table and how it becomes features: one standardised number, or one feature a category."""
+    """A column of a table and how it becomes features: standardised numbers, or one feature a category.
+
+    A column of lists has a mean and a deviation for each place in the lists.
+    """
 
     name: str
     kind: Kind
-    mean: float = 0.0  # over training rows
-    deviation: float = 1.0  # the standard deviation over training rows, divided by N, not N - 1
+    mean: float | tuple[float, ...] = 0.0  # over training rows
+    deviation: float | tuple[float, ...] = 1.0  # the standard deviation over training rows, divided by N, not N - 1
     values: tuple[str, ...] = ()  # the categories in training rows, sorted
     has_missing: bool = False  # missing values are one more category, the last
 
     def __post_init__(self) -> None:
         is_category, values = self.kind == "category", list(self.values)
-        is_list = is_category == bool(values) and values == sorted({*values}) and len(values) <= MOST_VALUES
-        need(is_list, f"inputs.columns: {self.name} has no list of distinct, sorted values")
-        fits = self.deviation > 0 and (is_category or not self.has_missing)
-        need(fits, f"inputs.columns: {self.name} has a deviation of {self.deviation:g}")
+        are_values = is_category == bool(values) and values == sorted({*values}) and len(values) <= MOST_VALUES
+        need(are_values, f"inputs.columns: {self.name} has no list of distinct, sorted values")
+        means, deviations = np.atleast_1d(self.mean), np.atleast_1d(self.deviation)
+        are_lists = {isinstance(self.mean, tuple), isinstance(self.deviation, tuple)} == {self.kind == "list"}
+        fits = are_lists and len(means) == len(deviations) > 0
+        need(fits, f"inputs.columns: {self.name} has no mean and deviation for each number")
+        fits = (deviations > 0).all() and (is_category or not self.has_missing)
+        need(fits, f"inputs.columns: {self.name} has a deviation of {deviations.min():g}")
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """The column's name, or "colour=red" for each category."""
-        if self.kind != "category":
-            return (self.name,)
-        return tuple(f"{self.name}={value}" for value in self.values) + ((f"{self.name}=",) if self.has_missing else ())
+        """The column's name, "colour=red" for each category, or "embedding[0]" for each place in the lists."""
+        if self.kind == "category":
+            names = tuple(f"{self.name}={value}" for value in self.values)
+            return names + ((f"{self.name}=",) if self.has_missing else ())
+        if isinstance(self.mean, tuple):
+            return tuple(f"{self.name}[{place}]" for place in range(len(self.mean)))
+        return (self.name,)
+
+    @property
+    def scales(self) -> list[tuple[float, float]]:
+        """Each feature's mean and deviation; of categories, which are 0 or 1, these are 0 and 1."""
+        num = 1 if self.kind == "list" else len(self.feature_names)
+        return [*zip(np.atleast_1d(self.mean).tolist(), np.atleast_1d(self.deviation).tolist(), strict=True)] * num
 
 
 @dataclass(frozen=True)
@@ -91,8 +108,8 @@ class TableInputs:
 
         Features of categories, which are 0 or 1, have shift 0 and scale 1.
         """
-        numbers = [(column.mean, column.deviation) for column in self.columns for _ in column.feature_names]
-        shift, scale = torch.tensor(numbers, dtype=torch.float64).unbind(1)
+        scales = [scale for column in self.columns for scale in column.scales]
+        shift, scale = torch.tensor(scales, dtype=torch.float64).unbind(1)
         return shift, scale
 
     @property
@@ -120,27 +137,16 @@ class TableInputs:
         reader, first = _Reader(table, where, rows, self.missing, remedy), 0
         features = np.zeros((table.num_rows, self.num_features), np.float32)
         for column in self.columns:
-            values = reader.column(column.name)
+            values, num = reader.column(column.name), len(column.feature_names)
             if column.kind == "category":
                 numbers = reader.categories(column, values)
                 rows_known = np.flatnonzero(numbers >= 0)
                 features[rows_known, first + numbers[rows_known]] = 1
             else:
-                numbers = reader.numbers(column.name, values, column.kind)
-                numbers[reader.absent(column.name, numbers)] = column.mean
-                with np.errstate(over="ignore"):
-                    features[:, first] = (numbers - column.mean) / column.deviation
-                if len(far := np.flatnonzero(~np.isfinite(features[:, first]))):
-                    raise ValueError(
-                        f"column {column.name} {reader.place(far[0])} is {numbers[far[0]]:g}, too far from the "
-                        f"training rows' mean of {column.mean:g} ± {column.deviation:g}: leave the row out"
-                    )
-                if len(far := np.flatnonzero(np.abs(features[:, first]) > _FAR)):
-                    text = (
-                        f"values of {where} lie over {_FAR} deviations from the training mean: are their units alike?"
-                    )
-                    reader.note(text, f"{column.name} ({len(far)}, such as {numbers[far[0]]:g})", is_warning=True)
-            first += len(column.feature_names)
+                parts = reader.parts(column.name, values, column.kind, num)
+                for place, ((name, numbers), scale) in enumerate(zip(parts, column.scales, strict=True), first):
+                    features[:, place] = reader.standardised(name, numbers, *scale)
+            first += num
         return features, reader.notes()
 
 
@@ -193,27 +199,40 @@ def fit_columns(
     return TableInputs(tuple(columns), missing), reader.notes()
 
 
-def target_numbers(table: pa.Table, names: Sequence[str], *, where: str = "the table") -> np.ndarray:
-    """Return columns as the targets of regression, float64 [N, K]. `where` is the table's name in messages.
+def target_numbers(
+    table: pa.Table, names: Sequence[str], *, where: str = "the table", num: int | None = None
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of the targets of regression, and their numbers, float64 [N, K].
+
+    A column is one target, or one for each place in its lists: "box[0]", "box[1]".
+
+    Args:
+        where: the table's name in messages.
+        num: K of the training table.
 
     Raises:
-        ValueError: for a column that is missing or of text, and for missing or infinite values.
+        ValueError: for a column that is missing or of text, for missing or infinite values, and if lists have other
+            lengths than in training.
     """
     reader = _Reader(table, where, None, "refuse", "leave such rows out, a target cannot be filled in")
-    targets = np.empty((table.num_rows, len(names)))
-    for number, name in enumerate(names):
+    targets = list[tuple[str, np.ndarray]]()
+    for name in names:
         values = reader.column(name)
         if (kind := kind_of_column(values.type)) == "category":
             raise ValueError(
                 f"the target {name} of {where} is text{such_as(values)}: regression needs numbers, and texts are "
                 "classes: use --task classification, or set --data.target to another column"
             )
-        if kind != "number":
+        if kind is None or kind == "time":
             raise ValueError(
                 f"the target {name} of {where} holds {values.type}: give numbers for regression{_remedy(values.type)}"
             )
-        targets[:, number] = reader.numbers(name, values, "number")
-    return targets
+        targets += reader.parts(name, values, kind)
+    if num not in (None, len(targets)):
+        raise ValueError(f"{where} has {len(targets)} targets, and training {num}: give lists of one length")
+    if not targets:
+        raise ValueError(f"the lists of {listed(names)} of {where} are empty: give numbers for regression")
+    return tuple(name for name, _ in targets), np.stack([numbers for _, numbers in targets], axis=1)
 
 
 def scales_of_targets(targets: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -290,23 +309,59 @@ class _Reader:
             )
         if kind == "category":
             return self._fit_category(name, values)
-        numbers = self.numbers(name, values, kind)
+        scales = [self._scale(part, numbers) for part, numbers in self.parts(name, values, kind)]
+        if not any(deviation for _, deviation in scales):
+            return None
+        if kind == "list":
+            self.note("each number of a list is a feature", f"{name} ({len(scales)})")
+            means, deviations = zip(*scales, strict=True)  # 1 is for numbers that are the same in all rows
+            return InputColumn(name, kind, means, tuple(deviation or 1.0 for deviation in deviations))
+        if kind == "time":
+            self.note("dates and times are read as numbers of seconds", name)
+        elif self._counts_rows(values):
+            text = "columns that count the rows, and tell the targets if those are sorted; --data.columns names others"
+            self.note(text, name, is_warning=True)
+        return InputColumn(name, kind, *scales[0])
+
+    def _scale(self, name: str, numbers: np.ndarray) -> tuple[float, float]:
+        """Return the mean and standard deviation of training numbers, and note the missing; 0 if they do not vary.
+
+        Raises:
+            ValueError: if floats of 64 bits cannot hold the deviation.
+        """
         present = numbers[~np.isnan(numbers)]
         if not len(present) or present.min() == present.max():
-            return None
+            return float(present[0]) if len(present) else 0.0, 0.0
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             mean, deviation = float(present.mean()), float(present.std())
         if not 0 < deviation < math.inf:
             raise too_wide(f"column {name} of {self.where} runs", present, "leave it out with --data.columns")
         if deviation <= LEAST_DEVIATION * abs(mean):
-            return None
-        if kind == "time":
-            self.note("dates and times are read as numbers of seconds", name)
-        elif self.rows is not None and pa.types.is_integer(values.type) and np.ptp(numbers - self.rows) == 0:
-            text = "columns that count the rows, and tell the targets if those are sorted; --data.columns names others"
-            self.note(text, name, is_warning=True)
+            return mean, 0.0
         self.absent(name, numbers)
-        return InputColumn(name, kind, mean, deviation)
+        return mean, deviation
+
+    def _counts_rows(self, values: pa.ChunkedArray) -> bool:
+        return self.rows is not None and pa.types.is_integer(values.type) and np.ptp(_float64(values) - self.rows) == 0
+
+    def standardised(self, name: str, numbers: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+        """Return numbers standardised, float64 [N], the missing ones filled in, and note those far from the mean.
+
+        Raises:
+            ValueError: for a number whose distance float32 cannot hold.
+        """
+        numbers[self.absent(name, numbers)] = mean
+        with np.errstate(over="ignore"):
+            feature = (numbers - mean) / deviation
+        if len(far := np.flatnonzero(np.abs(feature) > np.finfo(np.float32).max)):
+            raise ValueError(
+                f"column {name} {self.place(far[0])} is {numbers[far[0]]:g}, too far from the training rows' mean of "
+                f"{mean:g} ± {deviation:g}: leave the row out"
+            )
+        if len(far := np.flatnonzero(np.abs(feature) > _FAR)):
+            text = f"values of {self.where} lie over {_FAR} deviations from the training mean: are their units alike?"
+            self.note(text, f"{name} ({len(far)}, such as {numbers[far[0]]:g})", is_warning=True)
+        return feature
 
     def _fit_category(self, name: str, values: pa.ChunkedArray) -> InputColumn | None:
         texts = self._texts(name, values)
@@ -367,7 +422,38 @@ class _Reader:
             ValueError: for values of another kind, infinite ones, and missing ones that are refused.
         """
         self._refuse_other(name, values, kind, "dates or times" if kind == "time" else "numbers")
-        numbers = _seconds(values) if kind_of_column(values.type) == "time" else _float64(values)
+        return self._finite(name, _seconds(values) if kind_of_column(values.type) == "time" else _float64(values))
+
+    def parts(
+        self, name: str, values: pa.ChunkedArray, kind: NumberKind | Literal["list"], num: int | None = None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the name and numbers, as numbers() returns them, of a column, or of each place in its lists.
+
+        Args:
+            num: how many numbers a list had in training.
+
+        Raises:
+            ValueError: as numbers() does, and for lists of another length.
+        """
+        if kind != "list":
+            yield name, self.numbers(name, values, kind)
+            return
+        self._refuse_other(name, values, kind, "lists of numbers")
+        absent = values.is_null().to_numpy()
+        self._refuse_missing(name, absent)
+        present = np.flatnonzero(~absent)
+        lists = array_of_lists(values.drop_null(), f"column {name}", lambda row: self.place(present[row]))
+        if not len(present):
+            lists = np.empty((0, num or 0))
+        if num not in (None, lists.shape[1]):
+            text = f"column {name} of {self.where} has lists of {lists.shape[1]} numbers; in training they had {num}"
+            raise ValueError(text)
+        for place in range(lists.shape[1]):
+            numbers = np.full(len(absent), math.nan)
+            numbers[present] = lists[:, place]
+            yield f"{name}[{place}]", self._finite(f"{name}[{place}]", numbers)
+
+    def _finite(self, name: str, numbers: np.ndarray) -> np.ndarray:
         if len(infinite := np.flatnonzero(np.isinf(numbers))):
             text = f"column {name} is {numbers[infinite[0]]} {self.place(infinite[0])}"
             raise ValueError(f"{text}: leave such rows out, or the column with --data.columns")
@@ -422,6 +508,8 @@ def kind_of_column(type_: pa.DataType) -> Kind | None:
         return "category"
     if pa.types.is_temporal(type_) and not pa.types.is_interval(type_):
         return "time"
+    if is_list(type_):
+        return "list" if kind_of_column(type_.value_type) == "number" else None
     is_any = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
     return "number" if any(is_kind(type_) for is_kind in is_any) else None
 
@@ -429,6 +517,28 @@ def kind_of_column(type_: pa.DataType) -> Kind | None:
 def is_list(type_: pa.DataType) -> bool:
     """Return True for lists of any length, and of a fixed one."""
     return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+
+
+def array_of_lists(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> np.ndarray:
+    """Convert lists, also of lists, to an array [N, …].
+
+    Args:
+        name: the column's, in messages.
+        place: returns "in row 7 …" of a row.
+
+    Raises:
+        ValueError: with a row whose list is missing or differs in length from the first row's.
+    """
+    values, shape = column.combine_chunks(), [len(column)]
+    while is_list(values.type):
+        lengths = np.asarray(compute.call_function("list_value_length", [values]).fill_null(-1))
+        unlike = np.flatnonzero((lengths != lengths[:1]) | (lengths < 0))
+        if len(unlike):
+            row, length = place(int(unlike[0]) // math.prod(shape[1:])), int(lengths[unlike[0]])
+            problem = f"has no list {row}" if length < 0 else f"has a list of {length} {row}, not {lengths[0]}"
+            raise ValueError(f"{name} {problem}: {_ONE_LENGTH}")
+        values, shape = values.flatten(), [*shape, int(lengths[0]) if len(lengths) else 0]
+    return values.to_numpy(zero_copy_only=False).reshape(shape)
 
 
 def _remedy(type_: pa.DataType) -> str:
