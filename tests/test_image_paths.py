@@ -88,7 +88,7 @@ def test_a_table_with_columns_set_is_learned_from_them(folder: Path) -> None:
     [
         ("missing", {}, r"there is no image .*/pictures/0007\.png, which .*train.parquet names: paths are relative to"),
         ("damaged", {}, r"pictures/0007\.png cannot be decoded"),
-        ("", {"data.image_column": "pictur"}, "has no column pictur: set --data.image_column to some of image"),
+        ("", {"data.image_column": "pictur"}, "has no column pictur: set --data.image-column to some of image"),
         ("", {"data.streamed": True}, "train.parquet holds the paths of images: write the training split"),
     ],
     ids=str,

@@ -11,7 +11,7 @@ import tracemalloc
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -237,7 +237,7 @@ def test_a_slice_of_a_table_does_not_bring_the_rest_along(own_data: Callable[[st
         ),
         (
             "return pa.table(dict(img=[b''], label=[0]))",
-            "no column image: set --data.image_column to some of img, label",
+            "no column image: set --data.image-column to some of img, label",
         ),
     ],
 )
@@ -535,7 +535,7 @@ def test_columns_can_be_named_otherwise(tmp_path: Path):
     pq.write_table(table, tmp_path / "set.parquet")
     full_set = load(tmp_path / "set.parquet", image_column="img", target="fine")
     assert full_set.train.table.column_names == ["image", "label", "row"]
-    with pytest.raises(ValueError, match=r"has no column image: set --data.image_column to some of .*did you mean img"):
+    with pytest.raises(ValueError, match=r"has no column image: set --data.image-column to some of .*did you mean img"):
         load(tmp_path / "set.parquet")
     with pytest.raises(ValueError, match=r"set.parquet has no column fin: set --data.target .*did you mean fine"):
         load(tmp_path / "set.parquet", image_column="img", target="fin")
@@ -1203,12 +1203,13 @@ def test_vectors_are_features_whoever_wrote_them(tmp_path: Path, name: str, stre
     table = pa.table({"embedding": column, "label": [0, 1] * 20})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=16)
     full_set = load(tmp_path / "a.parquet", streamed=streamed)
-    assert full_set.task.inputs.feature_names == ("embedding[0]", "embedding[1]", "embedding[2]")
+    inputs = cast(Any, full_set.task).inputs
+    assert inputs.feature_names == ("embedding[0]", "embedding[1]", "embedding[2]")
     for split in (full_set.train, full_set.test):
         raw = vectors[full_set.train.table["row"].to_numpy()]
         features = (vectors[split.table["row"].to_numpy()] - raw.mean(0)) / raw.std(0)
         np.testing.assert_allclose(split.take()["inputs"], features, rtol=1e-5, atol=1e-6)
-    predicted = read_rows(str(tmp_path / "a.parquet"), full_set.task.inputs)
+    predicted = read_rows(str(tmp_path / "a.parquet"), inputs)
     assert predicted["embedding"].to_pylist() == vectors.tolist()
 
 

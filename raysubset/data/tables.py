@@ -81,7 +81,7 @@ def choose_columns(schema: pa.Schema, where: str, config: DataConfig, task: str)
     notes: list[Note] = []
     are_images = holds_images(schema, config)
     if are_images:
-        refuse_absent([config.image_column], schema.names, where, option="image_column")
+        refuse_absent([config.image_column], schema.names, where, option="image-column")
     usual = _IMAGE_TARGETS.get(task, ("label",)) if are_images else _TARGETS
     targets = split_names("target", config.target, schema.names)
     features = (config.image_column,) if are_images else split_names("columns", config.columns, schema.names)
