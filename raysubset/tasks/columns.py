@@ -24,6 +24,7 @@ NumberKind = Literal["number", "time"]  # a time is read as seconds
 Kind = NumberKind | Literal["category", "list"]  # lists of numbers, as many in each row
 
 OF_LISTS = "; give each number of the lists a column, or return arrays from a function (--data.name module:function)"
+_OF_TEXTS = "; or learn texts as rows of tokens from a function (jobs/own_code/own_texts.py)"
 _ONE_LENGTH = "give all rows one length, padded if need be, here or as arrays of a package.module:function"
 _REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
 
@@ -374,7 +375,7 @@ class _Reader:
             raise ValueError(
                 f"column {name} of {self.where} has {contents} ({stray or f'such as {categories[0]!r}'}); each text "
                 f"becomes a feature, so there may be at most {MOST_VALUES} and not one for every row: correct it, or "
-                "leave the column out with --data.columns"
+                f"leave the column out with --data.columns{'' if stray else _OF_TEXTS}"
             )
         is_meant = pa.types.is_dictionary(values.type)
         if stray := stray or ("" if is_meant else _written_number(categories)):
