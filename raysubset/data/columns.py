@@ -34,7 +34,8 @@ from raysubset.data.tables import (
     split_names,
 )
 from raysubset.events import Note
-from raysubset.tasks.columns import TableInputs, is_string
+from raysubset.tasks.column_values import is_string
+from raysubset.tasks.columns import TableInputs
 
 
 def is_of_columns(files: DataFiles, config: DataConfig) -> bool:

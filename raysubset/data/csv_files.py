@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from raysubset.config import DELIMITERS
-from raysubset.tasks.columns import is_number, is_string
+from raysubset.tasks.column_values import is_number, is_string
 
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 HEADER_BYTES = 2**20  # in which the header ends

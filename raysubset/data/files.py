@@ -19,7 +19,7 @@ from raysubset.data.split import SplitName
 from raysubset.data.targets import Targets, class_targets, mask_targets
 from raysubset.errors import first_line
 from raysubset.events import Note
-from raysubset.tasks.columns import is_string
+from raysubset.tasks.column_values import is_string
 
 Needed = Callable[[pa.Schema, str], Sequence[str]]  # maps a file's schema and path to the columns to read
 

@@ -15,7 +15,7 @@ from raysubset.data.split import SplitName
 from raysubset.data.tables import Tables, holds_images, holds_lists, tables_in_memory
 from raysubset.errors import first_line, with_article
 from raysubset.events import Note
-from raysubset.tasks.columns import array_of_lists, is_string
+from raysubset.tasks.column_values import array_of_lists, is_string
 from raysubset.user_code.functions import call_function
 from raysubset.user_code.given import is_given
 

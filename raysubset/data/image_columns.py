@@ -11,7 +11,7 @@ from raysubset.config import DataConfig
 from raysubset.data.findings import Findings
 from raysubset.data.images import EncodedImages, as_images, decode_masks
 from raysubset.errors import listed
-from raysubset.tasks.columns import is_string
+from raysubset.tasks.column_values import is_string
 
 # The extension types that ray.data writes. Arrow knows them only in processes that import ray.data.
 _RAY_TENSORS = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from raysubset.config import DataConfig, derive_seed
 from raysubset.events import Note
-from raysubset.tasks.columns import is_string
+from raysubset.tasks.column_values import is_string
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)

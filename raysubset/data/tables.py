@@ -15,7 +15,7 @@ from raysubset.data.row_groups import RowGroups, TableGroups, concatenated
 from raysubset.data.split import SplitName
 from raysubset.data.targets import UNLABELLED, named_labels
 from raysubset.events import Note
-from raysubset.tasks.columns import OF_LISTS, is_list, kind_of_column
+from raysubset.tasks.column_values import OF_LISTS, is_list, kind_of_column
 
 _MOST_COLUMNS = 50  # listed in one message
 

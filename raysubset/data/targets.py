@@ -34,7 +34,7 @@ from raysubset.tasks import (
     scales_of_targets,
     strata_of_numbers,
 )
-from raysubset.tasks.columns import alike_but_for_case, is_string, places, such_as
+from raysubset.tasks.column_values import alike_but_for_case, is_string, places, such_as
 
 _LOSSES = {"absolute_error": AbsoluteError(), "huber": Huber()}  # of numbers; all others are the squared error
 

@@ -3,29 +3,38 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import compute
 from torch import Tensor
 
 from raysubset.config import nearest
 from raysubset.config.trees import need
 from raysubset.errors import listed
 from raysubset.events import Note
+from raysubset.tasks.column_values import (
+    Kind,
+    NumberKind,
+    alike_but_for_case,
+    array_of_lists,
+    float64,
+    is_number,
+    is_string,
+    kind_of_column,
+    places,
+    remedy_of,
+    seconds,
+    such_as,
+)
 from raysubset.tasks.inputs import LEAST_DEVIATION, too_wide
 
 Missing = Literal["refuse", "mean"]
-NumberKind = Literal["number", "time"]  # a time is read as seconds
-Kind = NumberKind | Literal["category", "list"]  # lists of numbers, as many in each row
 
-OF_LISTS = "; give each number of the lists a column, or return arrays from a function (--data.name module:function)"
 _OF_TEXTS = "; or learn texts as rows of tokens from a function (jobs/own_code/own_texts.py)"
-_ONE_LENGTH = "give all rows one length, padded if need be, here or as arrays of a package.module:function"
 _REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
 
 MOST_VALUES = 100  # different texts in a column, each of which becomes a feature
@@ -34,8 +43,6 @@ MOST_VALUES = 100  # different texts in a column, each of which becomes a featur
 _WRITTEN_NUMBER = re.compile(r"[-+]?[$€£¥]?\s?\d[\d.,' /:]*[%$€£¥]?")
 _FAR = 1000  # standard deviations: seconds beside milliseconds, dates beside times of day, -9999 for missing values
 _MOST_CODES = 20  # different texts of digits alone that are read as categories in silence
-
-_PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 @dataclass(frozen=True)
@@ -226,7 +233,7 @@ def target_numbers(
             )
         if kind is None or kind == "time":
             raise ValueError(
-                f"the target {name} of {where} holds {values.type}: give numbers for regression{_remedy(values.type)}"
+                f"the target {name} of {where} holds {values.type}: give numbers for regression{remedy_of(values.type)}"
             )
         targets += reader.parts(name, values, kind)
     if num not in (None, len(targets)):
@@ -306,7 +313,7 @@ class _Reader:
         if kind is None:
             raise ValueError(
                 f"column {name} of {self.where} holds {values.type}, which is no number, time or text: leave it out of "
-                f"--data.columns{_remedy(values.type) or '; a column of images is named by --data.image-column'}"
+                f"--data.columns{remedy_of(values.type) or '; a column of images is named by --data.image-column'}"
             )
         if kind == "category":
             return self._fit_category(name, values)
@@ -343,7 +350,7 @@ class _Reader:
         return mean, deviation
 
     def _counts_rows(self, values: pa.ChunkedArray) -> bool:
-        return self.rows is not None and pa.types.is_integer(values.type) and np.ptp(_float64(values) - self.rows) == 0
+        return self.rows is not None and pa.types.is_integer(values.type) and np.ptp(float64(values) - self.rows) == 0
 
     def standardised(self, name: str, numbers: np.ndarray, mean: float, deviation: float) -> np.ndarray:
         """Return numbers standardised, float64 [N], the missing ones filled in, and note those far from the mean.
@@ -423,7 +430,7 @@ class _Reader:
             ValueError: for values of another kind, infinite ones, and missing ones that are refused.
         """
         self._refuse_other(name, values, kind, "dates or times" if kind == "time" else "numbers")
-        return self._finite(name, _seconds(values) if kind_of_column(values.type) == "time" else _float64(values))
+        return self._finite(name, seconds(values) if kind_of_column(values.type) == "time" else float64(values))
 
     def parts(
         self, name: str, values: pa.ChunkedArray, kind: NumberKind | Literal["list"], num: int | None = None
@@ -475,16 +482,6 @@ class _Reader:
             raise ValueError(f"column {name} has no value {first}{more}: {self.remedy}")
 
 
-def alike_but_for_case(names: Sequence[str]) -> str:
-    """Return "'cat' and 'Cat '" for the first two names that differ in white space or case alone, or ""."""
-    known = dict[str, str]()
-    for name in names:
-        other = known.setdefault("".join(name.split()).casefold(), name)
-        if other != name:
-            return f"{other!r} and {name!r}"
-    return ""
-
-
 def _written_number(categories: Sequence[str]) -> str:
     """Return "such as '1,5' …" if most texts are numbers or dates in a form that is not read as such, else ""."""
     written = [text for text in categories if _WRITTEN_NUMBER.fullmatch(text.strip())]
@@ -493,89 +490,3 @@ def _written_number(categories: Sequence[str]) -> str:
         return ""
     example = next((text for text in written if not text.isdigit()), written[0])
     return f"such as {example!r}; give numbers as numbers, in CSV as 1.5, and dates as 2026-12-31"
-
-
-def is_string(type_: pa.DataType) -> bool:
-    """Return True for texts in any of Arrow's layouts."""
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
-
-
-def kind_of_column(type_: pa.DataType) -> Kind | None:
-    """Return what values of a type can be learned as; None if they cannot. Nulls alone count as numbers.
-
-    Dates, times and durations convert to seconds; spans of months do not.
-    """
-    if is_string(type_) or pa.types.is_dictionary(type_):
-        return "category"
-    if pa.types.is_temporal(type_) and not pa.types.is_interval(type_):
-        return "time"
-    if is_list(type_):
-        return "list" if kind_of_column(type_.value_type) == "number" else None
-    is_any = (pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
-    return "number" if any(is_kind(type_) for is_kind in is_any) else None
-
-
-def is_list(type_: pa.DataType) -> bool:
-    """Return True for lists of any length, and of a fixed one."""
-    return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
-
-
-def array_of_lists(column: pa.ChunkedArray, name: str, place: Callable[[int], str]) -> np.ndarray:
-    """Convert lists, also of lists, to an array [N, …].
-
-    Args:
-        name: the column's, in messages.
-        place: returns "in row 7 …" of a row.
-
-    Raises:
-        ValueError: with a row whose list is missing or differs in length from the first row's.
-    """
-    values, shape = column.combine_chunks(), [len(column)]
-    while is_list(values.type):
-        lengths = np.asarray(compute.call_function("list_value_length", [values]).fill_null(-1))
-        unlike = np.flatnonzero((lengths != lengths[:1]) | (lengths < 0))
-        if len(unlike):
-            row, length = place(int(unlike[0]) // math.prod(shape[1:])), int(lengths[unlike[0]])
-            problem = f"has no list {row}" if length < 0 else f"has a list of {length} {row}, not {lengths[0]}"
-            raise ValueError(f"{name} {problem}: {_ONE_LENGTH}")
-        values, shape = values.flatten(), [*shape, int(lengths[0]) if len(lengths) else 0]
-    return values.to_numpy(zero_copy_only=False).reshape(shape)
-
-
-def _remedy(type_: pa.DataType) -> str:
-    return OF_LISTS if is_list(type_) else ""
-
-
-def is_number(text: str) -> bool:
-    """Return True if float() reads the text."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def places(texts: pa.ChunkedArray, values: Sequence[str]) -> np.ndarray:
-    """Return the position of each text in the values, int64 [N], -1 if it is not among them."""
-    options = compute.SetLookupOptions(pa.array(values, pa.string()))
-    return np.array(compute.call_function("index_in", [texts], options).fill_null(-1), np.int64)
-
-
-def _seconds(values: pa.ChunkedArray) -> np.ndarray:
-    if pa.types.is_date(values.type):
-        values = values.cast(pa.timestamp("ms"))
-    elif pa.types.is_time32(values.type):
-        values = values.cast(pa.time64("us"))
-    return _float64(values.cast(pa.int64())) / _PER_SECOND[values.type.unit]
-
-
-def _float64(values: pa.ChunkedArray) -> np.ndarray:
-    """Copy the values as float64, with NaN for nulls."""
-    values = values.cast(pa.int8()) if pa.types.is_boolean(values.type) else values
-    return np.array(values.cast(pa.float64(), safe=False).to_numpy(), dtype=np.float64)
-
-
-def such_as(values: pa.ChunkedArray) -> str:
-    """Return ", such as 7" with the first value that is not missing, or "" if there is none."""
-    present = values.drop_null()
-    return f", such as {present[0].as_py()!r}" if len(present) else ""
