@@ -26,6 +26,7 @@ from raysubset.pulse import Pulse, begin, pulse
 
 _EVERY_S = 1.0
 _NAMESPACE, _STOPS = "raysubset.pulses", "raysubset.stops"
+_PREEMPTED, _INTERRUPTED = b"preempted", b"interrupted"
 _KILL_S = 10.0  # seconds for a node to end a process
 
 
@@ -43,11 +44,12 @@ class Process:
 
 @contextmanager
 def published(
-    key: str, reports: Callable[[], Mapping[int, Any]], on_stop: Callable[[], None] | None = None
+    key: str, reports: Callable[[], Mapping[int, Any]], on_stop: Callable[..., None] | None = None
 ) -> Iterator[None]:
     """Publish this process's pulse and reports under the key for the length of the block.
 
-    A thread calls on_stop() within a second after request_stop(key). If the process dies, what it published stays.
+    A thread calls on_stop(preempted=…) within a second after request_stop(key). If the process dies, what it published
+    stays.
     """
     context, group = ray.get_runtime_context(), ray.util.get_current_placement_group()
     place = (own_address(), context.get_node_id(), getpid(), group.id.hex() if group else "")
@@ -60,8 +62,8 @@ def published(
             record = pickle.dumps(Process(pulse(), reports(), *place))
             with suppress(RpcError):  # the control store may answer the next time
                 internal_kv._internal_kv_put(key, record, overwrite=True, namespace=_NAMESPACE)
-                if on_stop and internal_kv._internal_kv_exists(key, namespace=_STOPS):
-                    on_stop()
+                if on_stop and (request := internal_kv._internal_kv_get(key, namespace=_STOPS)):
+                    on_stop(preempted=request == _PREEMPTED)
             is_last = stop.wait(_EVERY_S)
 
     thread = threading.Thread(target=publish, daemon=True, name="raysubset-pulse")
@@ -83,14 +85,17 @@ def processes_at(prefix: str) -> dict[str, Process]:
     return processes
 
 
-def request_stop(key: str, *, timeout_s: float) -> None:
+def request_stop(key: str, *, timeout_s: float, preempted: bool = False) -> None:
     """Ask the process that publishes under the key, if any, to stop, and wait until it has left its block.
 
     If the control store does not answer, nobody is asked.
+
+    Args:
+        preempted: it stops because its node will go, and not because the driver does.
     """
     until = time.monotonic() + timeout_s
     with suppress(RpcError):
-        internal_kv._internal_kv_put(key, b"", namespace=_STOPS)
+        internal_kv._internal_kv_put(key, _PREEMPTED if preempted else _INTERRUPTED, namespace=_STOPS)
         try:
             while internal_kv._internal_kv_exists(key, namespace=_NAMESPACE) and time.monotonic() < until:
                 time.sleep(0.05)

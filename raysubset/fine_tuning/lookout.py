@@ -13,6 +13,7 @@ from raysubset.cluster import (
     WAIT_NOTICE_S,
     Process,
     describe,
+    draining_nodes,
     forget,
     free_resources,
     groups_of,
@@ -31,10 +32,15 @@ MOST_START_S = 900.0  # for workers with a place to begin: their processes start
 _ELASTIC_S = 60.0  # an elastic controller that asks for no workers for so long finds no places
 
 
+class NodeLeaves(Exception):
+    """Workers have left a node that will go soon, with a checkpoint."""
+
+
 class TrainLookout:
     """Reports progress, waiting for places and missing steps; kills workers that stall, frees places that none uses.
 
-    Ray Train then tries again from the last checkpoint, and counts a failure.
+    Ray Train then tries again from the last checkpoint, and counts a failure. If a worker's node is about to go, the
+    first worker writes a checkpoint, and the job starts anew elsewhere, which is no failure.
     """
 
     def __init__(self, job: Job, *, is_elastic: bool, tell: OnEvent) -> None:
@@ -55,6 +61,7 @@ class TrainLookout:
 
         Raises:
             TimeoutError: if the workers have had no place for cluster.wait_timeout_s.
+            NodeLeaves: when a checkpoint was written because a worker's node is draining.
             Exception: whatever `tell` raises, for example because another driver has taken the run over.
         """
         groups = groups_of(controller)
@@ -75,12 +82,16 @@ class TrainLookout:
             self._watch_steps(workers)
             for rank, process in processes.items():
                 self._tell_progress(int(rank.strip("/")), process)
+            if (leaving := {worker.node_id for worker in workers} & draining_nodes()) and "/00000" in processes:
+                self.stop(preempted=True)
+                nodes = ", ".join(sorted({worker.node for worker in workers if worker.node_id in leaving}))
+                raise NodeLeaves(f"node {nodes} will go")
         elif now - self._starting_at > MOST_START_S:
             ray.kill(controller)  # fit() reports it
 
-    def stop(self) -> None:
+    def stop(self, *, preempted: bool = False) -> None:
         """Let the first worker, whose weights are all workers', write a checkpoint and return."""
-        request_stop(pulse_key(self.key, 0), timeout_s=STOP_GRACE_S)
+        request_stop(pulse_key(self.key, 0), timeout_s=STOP_GRACE_S, preempted=preempted)
 
     def _watch_steps(self, workers: Sequence[Process]) -> None:
         """Warn if no worker has made a step for too long, and kill them after as long again."""

@@ -21,7 +21,7 @@ from raysubset.cluster.private_ray import (
 from raysubset.errors import CorruptFile, counted, one_line
 from raysubset.events import OnEvent, Retry, Waiting
 from raysubset.fine_tuning.job import FOLDER, FineTuningFailed, Job
-from raysubset.fine_tuning.lookout import TrainLookout
+from raysubset.fine_tuning.lookout import NodeLeaves, TrainLookout
 from raysubset.fine_tuning.process_group import PrivateTorchConfig
 from raysubset.fine_tuning.worker import MistakeError, train_loop
 from raysubset.run_directory import RunDirectory, is_unusable, minimum_path
@@ -131,7 +131,7 @@ class WatchedTrainer(TorchTrainer):
 
 
 def fit(job: Job, *, tell: OnEvent) -> None:
-    """Run the job to its end, again if its controller dies, or ends because an actor was lost."""
+    """Run the job to its end, again if its controller dies, ends because an actor was lost, or leaves a node."""
     piece, config = job.piece, job.piece.config
     directory, stage, most = piece.directory, piece.stage, config.actors.max_attempts
     least = config.fine_tuning.min_workers if stage == "fine_tuning" else None
@@ -146,6 +146,11 @@ def fit(job: Job, *, tell: OnEvent) -> None:
         try:
             diverged = trainer.fit().return_value
             break
+        except NodeLeaves as leaving:
+            if directory.exists(minimum_path(stage)):
+                return
+            tell(Retry(f"{stage}: {leaving}; it starts from its checkpoint elsewhere"))
+            lookout.begin()
         except (ray.train.TrainingFailedError, *SYSTEM_ERRORS) as error:
             loss = getattr(error, "controller_failure", error)  # Ray Train handles those of its workers
             if not isinstance(loss, SYSTEM_ERRORS):

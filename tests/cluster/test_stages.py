@@ -12,8 +12,9 @@ import torch
 from raysubset import Config, load_model, run
 from raysubset.cluster import call_on_cluster, groups_of, put_once, remove_groups, tasks, workplace
 from raysubset.data import load_full_set
-from raysubset.events import Event, Note, Progress, Stage
+from raysubset.events import Event, Note, Progress, Retry, Stage
 from raysubset.fine_tuning import FineTuningFailed, fine_tune
+from raysubset.fine_tuning import lookout as train_lookout
 from raysubset.fine_tuning.job import Job
 from raysubset.fine_tuning.lookout import TrainLookout
 from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory, size_of, weights_path
@@ -164,24 +165,37 @@ def test_a_train_job_whose_workers_stand_still_is_told_of_and_ended_after_max_at
     assert {number: signal.getsignal(number) for number in handlers} == handlers  # Train's own would end us with 0
 
 
-def test_a_train_job_that_is_stopped_leaves_a_checkpoint_of_its_last_step(tmp_path: Path) -> None:
+def test_a_train_job_leaves_a_checkpoint_of_its_last_step_when_a_node_will_go_and_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overrides = {"fine_tuning.epochs": 1000.0, "actors.checkpoint_epochs": 1000.0, "actors.checkpoint_s": 1000.0}
     made = Config(name="stopped", storage_path=str(tmp_path)).with_overrides(overrides)
     full_set, directory, at_work = load_full_set(made.data), RunDirectory(str(tmp_path), "stopped"), list[Progress]()
+    draining, retries = set[str](), list[str]()
+    monkeypatch.setattr(train_lookout, "draining_nodes", lambda: draining)
 
     def tell(event: Event) -> None:
-        if isinstance(event, Progress):
+        if isinstance(event, Retry):
+            retries.append(event.text)
+            draining.clear()
+        elif isinstance(event, Progress) and retries:
             at_work.append(event)
             raise KeyboardInterrupt  # as Ctrl-C, and `ray job stop`, do
+        elif isinstance(event, Progress):
+            draining.add(event.attempt.node)
 
     piece = Piece(made, directory, "fine_tuning", by_train=True, num_workers=2)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(Run(made, directory, full_set, put_once(full_set), tell), piece, num_gpus=0.0)
+    (retry,) = retries
+    assert re.fullmatch(r"fine_tuning: node [\d.]+ will go; it starts from its checkpoint elsewhere", retry)
     checkpoint = directory.newest_checkpoint("fine_tuning")
     assert checkpoint
-    (work,) = Ledger(directory).read()
-    assert work.outcome == "interrupted"
-    assert checkpoint[1]["position"][1] == work.cost.num_steps >= at_work[0].epoch > 0
+    left, stopped = Ledger(directory).read()
+    assert (left.outcome, stopped.outcome) == ("preempted", "interrupted")
+    assert checkpoint[1]["position"][1] == left.cost.num_steps + stopped.cost.num_steps
+    assert stopped.cost.num_steps > 0 < left.cost.num_steps
+    assert at_work[0].epoch >= left.cost.num_steps / -(-len(full_set.train) // made.minimize.batch_size)
     assert {group["state"] for group in ray.util.placement_group_table().values()} <= {"REMOVED"}
 
 
