@@ -49,6 +49,7 @@ Result:     MNIST, E = 20, a VGG of 9,582 parameters (Q of the full set 56). Pas
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -57,14 +58,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout is enough
 
-from raysubset import Config, RunReport, run, sweep
+from raysubset import Config, RunReport, SweepReport, run, sweep
 from raysubset.cli.screen import print_sections
 from raysubset.cluster import connected
+from raysubset.comparison.statistics import t_interval
 from raysubset.report import sweep_sections, write_files
 
 FRACTIONS = tuple(2.0**-k for k in range(1, 7))
 NETWORKS = {"mnist": (4, 3), "cifar10": (8, 3), "cifar100": (8, 3)}  # width and depth of the VGG
 SHORT_RATES = (0.002, 0.006, 0.02)
+_STAGES = ("own", "full_set", "before", "validation")  # of a trial's losses: the minimum's, then the fine-tuned model's
 
 
 def config_of(data: str, root: str, storage_path: str, epochs: float) -> Config:
@@ -112,17 +115,34 @@ def tuned_short_runs(config: Config, seeds: Sequence[int], epochs: float) -> tup
     return best, [tried[best], *(short(seed, best) for seed in seeds[1:])]
 
 
-def spread(values: Sequence[float], scale: float = 1.0, digits: int = 2) -> str:
-    """'98.31 ± 0.05': mean and standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * error:.{digits}f}"
+def spread(values: Sequence[float], digits: int) -> str:
+    """'98.31 ± 0.05': the mean and, of several, its 95 % interval by Student's t."""
+    interval = t_interval(values)
+    more = f" ± {interval.high - interval.estimate:.{digits}f}" if len(values) > 1 else ""
+    return f"{interval.estimate:.{digits}f}{more}"
+
+
+def print_subsets(swept: SweepReport, long_passes: float) -> None:
+    heads = "".join(f" {head:>16s}" for head in ("own loss", "full set", "before", "validation", "test %"))
+    print(f"{'':36s} {'Q':>5s} {'passes':>6s} {'share':>6s}{heads}")
+    for overrides, trials in itertools.groupby(swept.trials, key=lambda trial: trial["overrides"]):
+        group = [trial for trial in trials if trial["state"] == "done"]  # the sweep's page names those that failed
+        if not group or "subsets.fraction" not in overrides:
+            continue
+        ratio = statistics.mean(trial["overdetermination_ratio"] for trial in group)
+        passes = statistics.mean(trial["passes"] for trial in group)
+        losses = (spread([trial[f"{where}_loss"] for trial in group], 3) for where in _STAGES)
+        accuracy = spread([100 * trial["test_accuracy"] for trial in group], 2)
+        cells = "".join(f" {cell:>16s}" for cell in (*losses, accuracy))
+        what = f"1/{1 / overrides['subsets.fraction']:g} ({group[0]['subset_size']:g} examples), {len(group)} seeds"
+        print(f"{what:36s} {ratio:5.2f} {passes:6.1f} {passes / long_passes:6.2f}{cells}", flush=True)
 
 
 def print_conventional(what: str, reports: Sequence[RunReport], long_passes: float) -> None:
     passes = statistics.mean(report.passes for report in reports)
-    accuracy = spread([report.test.accuracy for report in reports], 100)
-    loss = spread([report.validation.loss for report in reports], digits=3)
-    print(f"{what:36s} {passes:6.1f} {passes / long_passes:6.2f} {loss:>14s} {accuracy:>14s}", flush=True)
+    accuracy = spread([100 * report.test.accuracy for report in reports], 2)
+    loss = spread([report.validation.loss for report in reports], 3)
+    print(f"{what:42s} {passes:6.1f} {passes / long_passes:6.2f} {loss:>67s} {accuracy:>16s}", flush=True)
 
 
 def main() -> None:
@@ -139,8 +159,8 @@ def main() -> None:
     with connected(config.with_overrides({"cluster.num_cpus": arguments.num_cpus}).cluster):
         swept = sweep(config, {"subsets.fraction": FRACTIONS}, seeds=list(seeds), baseline=True)
         long = [conventional(config, seed, epochs) for seed in seeds]
-        print(f"{'':36s} {'passes':>6s} {'share':>6s} {'validation':>14s} {'test %':>14s}")
         long_passes = statistics.mean(report.passes for report in long)
+        print_subsets(swept, long_passes)
         print_conventional(f"conventional, {epochs} epochs", long, long_passes)
         for part in (10, 5, 2):
             reports = [conventional(config, seed, epochs / part) for seed in seeds]
