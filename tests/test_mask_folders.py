@@ -96,6 +96,13 @@ def test_a_mask_of_four_bits_is_refused_as_its_1_would_be_class_17(tmp_path: Pat
         read(tmp_path)
 
 
+def test_a_mask_too_large_for_pillow_is_told_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path, pairs("images/*.png", "masks/*.png"))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(ValueError, match=r"cannot be decoded: masks/00.png, .*decompression bomb"):
+        read(tmp_path)
+
+
 def test_masks_without_an_image_are_left_out(tmp_path: Path):
     files = pairs("images/*.png", "masks/*.png") | {"masks/extra.png": MASKS[0]}
     found = read(write(tmp_path, files))

@@ -23,8 +23,9 @@ _LOSSY = ("JPEG", "MPO")
 _WITH_FRAMES = ("GIF", "TIFF", "WEBP", "PNG", "AVIF")  # not MPO, whose further pictures are previews of the photo
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
-# The errors of Pillow's decoders on damaged files, found by damaging thousands of each format at random.
-_DAMAGE = (OSError, SyntaxError, TypeError, ValueError, struct.error)
+# The errors of Pillow's decoders on damaged files, found by damaging thousands of each format at random,
+# and its refusal of images of more than 179 million pixels.
+_DAMAGE = (OSError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError)
 _MOST_NAMED = 10  # damaged images; after so many, reading stops
 
 _BLOCK = 16  # images that a thread decodes at a time
@@ -69,9 +70,10 @@ def as_images(values: np.ndarray, where: str, image_size: int | None) -> tuple[n
     """
     array = values[..., np.newaxis] if values.ndim == 3 else values
     if array.ndim != 4 or array.shape[3] not in (1, 3):
+        is_channels_first = array.ndim == 4 and array.shape[1] in (1, 3)
+        hint = ": transpose(0, 2, 3, 1) puts the channels last" if is_channels_first else ""
         raise ValueError(
-            f"images of {where} have shape {array.shape}: they must be [N, H, W] or [N, H, W, C], C = 1 or 3"
-            f"{_channels_first_hint(array.shape)}"
+            f"images of {where} have shape {array.shape}: they must be [N, H, W] or [N, H, W, C], C = 1 or 3{hint}"
         )
     if array.size == 0:
         raise ValueError(f"{where} holds no images: its shape is {array.shape}; give at least one of a pixel")
@@ -87,11 +89,6 @@ def as_images(values: np.ndarray, where: str, image_size: int | None) -> tuple[n
     if image_size is not None and array.shape[1:3] != (image_size, image_size):
         array = _resize_all(array, image_size)
     return np.ascontiguousarray(array), findings
-
-
-def _channels_first_hint(shape: tuple[int, ...]) -> str:
-    is_channels_first = len(shape) == 4 and shape[1] in (1, 3)
-    return ": transpose(0, 2, 3, 1) puts the channels last" if is_channels_first else ""
 
 
 def decode(
@@ -195,12 +192,10 @@ def _in_threads(work: Callable[[int], T], num: int) -> Generator[T, None, None]:
 
 def _decode(data: bytes, image_size: int | None, grey_range: GreyRange | None) -> tuple[np.ndarray, Findings]:
     """Decode to uint8 [H, W, 1] if the file is grey, else [H, W, 3], turned by its EXIF orientation."""
-    try:
-        opened = Image.open(io.BytesIO(data))
-        has_deep_colours = opened.mode not in _DEEP_GREY and _has_deep_channels(opened)
-        image = ImageOps.exif_transpose(opened)
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
+    opened = Image.open(io.BytesIO(data))
+    # True if Pillow reads only the upper byte of 16 bits a channel.
+    has_deep_colours = opened.mode not in _DEEP_GREY and any(";16" in raw_mode for raw_mode in _raw_modes(opened))
+    image = ImageOps.exif_transpose(opened)
     findings = Findings()
     if image.mode == "F":
         raise ValueError("32-bit pixels (mode F): save it with 8 or 16 bits")
@@ -252,11 +247,6 @@ def _decode_mask(data: bytes, size: tuple[int, int] | None, image_size: int | No
         resized = Image.fromarray(numbers.astype(np.uint8))
         numbers = np.asarray(ImageOps.fit(resized, (image_size, image_size), Image.Resampling.NEAREST))
     return numbers.astype(np.uint8)[..., np.newaxis]
-
-
-def _has_deep_channels(image: Image.Image) -> bool:
-    """Return True if Pillow reads only the upper byte of 16 bits a channel."""
-    return any(";16" in raw_mode for raw_mode in _raw_modes(image))
 
 
 def _raw_modes(image: Image.Image) -> Iterator[str]:
