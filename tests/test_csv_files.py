@@ -45,6 +45,10 @@ def test_columns_of_texts_stay_texts():
             b"5.1,3.5,setosa\n4.9,3.0,setosa\n",
             r"first line of x.csv should name the columns, and holds 5.1, 3.5, setosa",
         ),
+        (
+            b"a" * 200_000 + b"\n1\n",
+            r"first line of x.csv should name the columns \(field larger than .*: write a header",
+        ),
         (b"1,2\n3,4\n", "first line of x.csv should name the columns, and holds 1, 2"),
         (b"a;b\n1,5;2\n", "x.csv has one column, 'a;b', with semicolons in it"),
         (b"a;b\n1;2\n", "x.csv has one column, 'a;b', with semicolons in it: values are separated by commas in .csv"),

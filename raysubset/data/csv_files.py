@@ -79,7 +79,10 @@ def header(data: bytes, path: str) -> list[str]:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path} is UTF-16: write it as UTF-8")
     delimiter, text = DELIMITERS[PurePosixPath(path).suffix.lower()], data.decode("utf-8-sig", errors="replace")
-    names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    try:
+        names = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+    except csv.Error as error:  # a name of over 131,072 characters, as where a quote is not closed or lines have no end
+        raise ValueError(f"the first line of {path} should name the columns ({error}): write a header there") from error
     if any("\ufffd" in name for name in names):
         raise ValueError(f"the first line of {path} is not UTF-8: write it as UTF-8")
     numbers = [name for name in names if is_number(name)]
