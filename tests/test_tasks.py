@@ -538,10 +538,10 @@ def test_a_task_of_the_users_own_is_imported_only_where_the_user_says_so():
     ("key", "value"),
     [
         ("spec", None),
-        ("spec", {"inputs": [2], "outputs": [3]}),
         ("spec", {"inputs": [2.0], "outputs": [3], "num_values": None}),
         ("spec", {"inputs": [2], "outputs": 3, "num_values": None}),
         ("spec", {"inputs": [2], "outputs": [3], "num_values": [1, 2, 3]}),
+        ("spec", {"inputs": [], "outputs": [3], "num_values": [1]}),
         ("spec", {"inputs": [2], "outputs": [-3], "num_values": None}),
         ("spec", {"inputs": [2], "outputs": [3], "num_values": [True, 1]}),
         ("class_names", "ab"),

@@ -58,7 +58,7 @@ class RecordedTask(Task):
 
 def outline(task: Task) -> dict[str, Any]:
     """Return what a RecordedTask needs of a user's task, as JSON. A network's scaling needs the task itself: empty."""
-    if ":" not in task.name or hasattr(task, "inputs"):
+    if ":" not in task.name or isinstance(getattr(task, "inputs", None), (*_INPUTS.values(),)):
         return {}
     return {"spec": dataclasses.asdict(task.spec()), "class_names": [*task.class_names]}
 
@@ -97,22 +97,20 @@ def task_from_dict(record: Mapping[str, Any], *, trust_code: bool = False) -> Ta
     return _task(_TASKS[name], fields)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Outline:
+    """The result of outline()."""
+
+    spec: Spec
+    class_names: tuple[str, ...]
+
+
 def _recorded(name: str, fields: Mapping[str, Any]) -> RecordedTask:
-    tree, classes = fields["spec"], fields.get("class_names")
-    need(isinstance(tree, dict) and tree.keys() == {"inputs", "outputs", "num_values"}, "task.spec is no Spec")
-    inputs, outputs, kinds = tree["inputs"], tree["outputs"], tree["num_values"]
-    if not isinstance(inputs, list) or not isinstance(outputs, list) or not all(map(_is_size, inputs + outputs)):
-        raise ValueError("task.spec should hold sizes")
-    kinds = tuple(kinds) if isinstance(kinds, list) else kinds
-    are_kinds = all(kind is None or _is_size(kind) for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
-    need(are_kinds, "task.spec.num_values should hold sizes")
-    if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes[:_MOST_NAMES]):
-        raise ValueError("task.class_names should be names")
-    return RecordedTask(name, Spec(tuple(inputs), tuple(outputs), kinds), tuple(classes[:_MOST_NAMES]))
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**63
+    known = from_tree(_Outline, {key: fields.get(key) for key in ("spec", "class_names")}, "task.", noun="field")
+    spec, kinds = known.spec, known.spec.num_values
+    sizes = [*spec.inputs, *spec.outputs, *(kinds if isinstance(kinds, tuple) else (kinds,))]
+    need(all(size is None or 0 < size < 2**63 for size in sizes), "task.spec should hold sizes")
+    return RecordedTask(name, spec, known.class_names[:_MOST_NAMES])
 
 
 def own_task(name: str, state: Mapping[str, Any] | None = None) -> Task:

@@ -32,7 +32,7 @@ class Spec:
                 ) from error
         if not isinstance(self.num_values, tuple):
             return
-        if len(self.num_values) != self.inputs[-1]:
+        if self.inputs[-1:] != (len(self.num_values),):
             text = f"Spec.num_values has {len(self.num_values)} entries, and inputs are {list(self.inputs)}"
             raise ValueError(f"{text}: give one for each of the last dimension")
         if not self.are_integers and (most := max(each or 0 for each in self.num_values)) > _EXACT:

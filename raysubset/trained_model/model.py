@@ -23,6 +23,7 @@ from raysubset.tasks import (
     Spec,
     TableInputs,
     Task,
+    TensorInputs,
     outline,
     task_from_dict,
     task_to_dict,
@@ -84,7 +85,8 @@ class TrainedModel(nn.Module):
         self.network, self.record, self.spec = network, record, record.spec
         task = record.task
         self.class_names = task.class_names
-        self.inputs = getattr(task, "inputs", None)
+        inputs = getattr(task, "inputs", None)  # which a user's task may have for something else
+        self.inputs = inputs if isinstance(inputs, ImageInputs | TableInputs | TensorInputs) else None
         if isinstance(self.inputs, ImageInputs):
             self.image_shape = self.inputs.image_shape  # (H, W, C)
         for name, values in self._scaling().items():
