@@ -16,7 +16,7 @@ from raysubset.data.image_columns import image_column, images_of, plain
 from raysubset.data.images import EncodedImages, decode
 from raysubset.data.layout import Placed
 from raysubset.data.listing import locate
-from raysubset.data.split import SplitName, is_scalar
+from raysubset.data.split import SplitName
 from raysubset.errors import ChangedFile, first_line
 from raysubset.tasks import TableInputs
 
@@ -61,11 +61,6 @@ class RowGroups(ABC):
     @abstractmethod
     def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
         """Return the tensors of some rows of a row group's table, as empty() allocates them. Raises as read() does."""
-
-    @property
-    def attribute_fields(self) -> Sequence[pa.Field]:
-        """The fields of the columns by which subsets can be cut."""
-        return ()
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Return the row group of each row: int64 [n]."""
@@ -133,25 +128,19 @@ class RowGroups(ABC):
 class ImageGroups(RowGroups):
     """Row groups of images, which are read as uint8 [n, H, W, C]."""
 
-    image_shape: tuple[int, int, int] | None = None  # (H, W, C); None until scan() has decoded all images
+    image_shape: tuple[int, ...] = ()  # (H, W, C), once all images are decoded
     grey_range: GreyRange | None = FULL_RANGE  # of deep pixels; None until it is chosen
 
     @property
     def columns(self) -> Sequence[str]:
         return [self.config.image_column]
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(N, H, W, C), the shape of an array of all images."""
-        assert self.image_shape is not None
-        return (int(self.starts[-1]), *self.image_shape)
-
     def empty(self, num: int) -> dict[str, np.ndarray]:
-        return {"image": np.empty((num, *self.shape[1:]), dtype=np.uint8)}
+        return {"image": np.empty((num, *self.image_shape), dtype=np.uint8)}
 
     def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
         images, _ = self._decode(table.take(pa.array(rows)), group, f"those read of row group {self.describe(group)}")
-        return {"image": np.broadcast_to(images, (len(rows), *self.shape[1:]))}  # repeats grey among coloured images
+        return {"image": np.broadcast_to(images, (len(rows), *self.image_shape))}  # repeats grey among coloured images
 
     def blocks(self) -> Iterator[tuple[np.ndarray, Findings]]:
         """Decode and yield all images by row group, uint8 [n, H, W, 1 or 3], with findings. Raises as read() does."""
@@ -182,16 +171,12 @@ class TableGroups(RowGroups):
         return [column.name for column in self.inputs.columns] if self.inputs else self.schema.names
 
     def empty(self, num: int) -> dict[str, np.ndarray]:
-        return {self._inputs.column: np.empty((num, self._inputs.num_features), dtype=np.float32)}
+        return {self._inputs.column: np.empty((num, *self._inputs.shape), dtype=np.float32)}
 
     def tensors(self, table: pa.Table, rows: np.ndarray, group: int) -> dict[str, np.ndarray]:
         table = self._alike(table, group, self.columns).take(pa.array(rows))
         features, _ = self._inputs.encode(table, where=f"row group {self.describe(group)}", rows=rows)
         return {self._inputs.column: features}
-
-    @property
-    def attribute_fields(self) -> Sequence[pa.Field]:
-        return [field for field in self.schema if is_scalar(field.type)]
 
     def whole_columns(self, names: Sequence[str]) -> pa.Table:
         """Read some columns of all rows into memory. Raises as read() does."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from raysubset.data.examples import Augmented, Examples, OwnAugmentation
 from raysubset.data.row_groups import RowGroups, TableGroups
-from raysubset.data.split import Split
+from raysubset.data.split import Split, is_scalar
 from raysubset.errors import counted
 from raysubset.events import Note
 from raysubset.tasks import Task
@@ -36,10 +36,11 @@ class StreamedSplit(Split):
         """
         if not name or name in self.table.column_names:
             return self.table
-        fields = self.groups.attribute_fields
+        if not isinstance(self.groups, TableGroups):
+            return self.table.slice(0, 0)
+        fields = [field for field in self.groups.schema if is_scalar(field.type)]
         if name not in [field.name for field in fields]:
             return pa.schema([*self.table.schema, *fields]).empty_table()
-        assert isinstance(self.groups, TableGroups)
         column = self.groups.whole_columns([name]).column(name)
         return self.table.append_column(name, column.take(self.table["row"]))
 
@@ -90,8 +91,7 @@ class StreamedSplit(Split):
 
     @property
     def _rows(self) -> np.ndarray:
-        (chunk,) = self.table.column("row").chunks
-        return chunk.to_numpy()
+        return self._values("row").to_numpy()
 
 
 # The decoded size from which a row group is reported: reading one of its examples may hold all of it in memory.

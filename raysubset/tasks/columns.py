@@ -34,6 +34,8 @@ from raysubset.tasks.inputs import LEAST_DEVIATION, too_wide
 
 Missing = Literal["refuse", "mean"]
 
+_IN_WORDS = {"number": "numbers", "time": "dates or times", "category": "text", "list": "lists of numbers"}
+
 _OF_TEXTS = "; or learn texts as rows of tokens from a function (jobs/own_code/own_texts.py)"
 _REMEDY = "--data.missing mean fills it in; or leave such rows or the column (--data.columns) out"
 
@@ -105,7 +107,7 @@ class TableInputs:
     @property
     def shape(self) -> tuple[int]:
         """(F,), the shape of one row that a network takes."""
-        return (self.num_features,)
+        return (len(self.feature_names),)
 
     def batch(self, rows: Mapping[str, Tensor], draws: Tensor | None) -> Tensor:
         """Return the features [n, F]: stored rows are already encoded."""
@@ -124,10 +126,6 @@ class TableInputs:
     def feature_names(self) -> tuple[str, ...]:
         return tuple(name for column in self.columns for name in column.feature_names)
 
-    @property
-    def num_features(self) -> int:
-        return len(self.feature_names)
-
     def encode(
         self, table: pa.Table, *, where: str = "the table", rows: np.ndarray | None = None, remedy: str = _REMEDY
     ) -> tuple[np.ndarray, tuple[Note, ...]]:
@@ -143,7 +141,7 @@ class TableInputs:
                 if `missing` is "refuse".
         """
         reader, first = _Reader(table, where, rows, self.missing, remedy), 0
-        features = np.zeros((table.num_rows, self.num_features), np.float32)
+        features = np.zeros((table.num_rows, *self.shape), np.float32)
         for column in self.columns:
             values, num = reader.column(column.name), len(column.feature_names)
             if column.kind == "category":
@@ -415,7 +413,7 @@ class _Reader:
         return numbers
 
     def _texts(self, name: str, values: pa.ChunkedArray) -> pa.ChunkedArray:
-        self._refuse_other(name, values, "category", "text")
+        self._refuse_other(name, values, "category")
         if pa.types.is_dictionary(values.type):
             chunks = [chunk.dictionary_decode() for chunk in values.chunks]
             values = pa.chunked_array(chunks, values.type.value_type)
@@ -423,30 +421,25 @@ class _Reader:
         self._refuse_missing(name, texts.is_null().to_numpy())
         return texts
 
-    def numbers(self, name: str, values: pa.ChunkedArray, kind: NumberKind) -> np.ndarray:
-        """Return a column as float64 [N], times as seconds, missing values as NaN.
-
-        Raises:
-            ValueError: for values of another kind, infinite ones, and missing ones that are refused.
-        """
-        self._refuse_other(name, values, kind, "dates or times" if kind == "time" else "numbers")
-        return self._finite(name, seconds(values) if kind_of_column(values.type) == "time" else float64(values))
-
     def parts(
         self, name: str, values: pa.ChunkedArray, kind: NumberKind | Literal["list"], num: int | None = None
     ) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield the name and numbers, as numbers() returns them, of a column, or of each place in its lists.
+        """Yield the name and numbers, float64 [N], of a column, or of each place in its lists.
+
+        Times become seconds, missing values NaN.
 
         Args:
             num: how many numbers a list had in training.
 
         Raises:
-            ValueError: as numbers() does, and for lists of another length.
+            ValueError: for values of another kind, infinite ones, missing ones that are refused, and lists of another
+                length.
         """
+        self._refuse_other(name, values, kind)
         if kind != "list":
-            yield name, self.numbers(name, values, kind)
+            is_time = kind_of_column(values.type) == "time"
+            yield name, self._finite(name, seconds(values) if is_time else float64(values))
             return
-        self._refuse_other(name, values, kind, "lists of numbers")
         absent = values.is_null().to_numpy()
         self._refuse_missing(name, absent)
         present = np.flatnonzero(~absent)
@@ -468,12 +461,12 @@ class _Reader:
         self._refuse_missing(name, np.isnan(numbers))
         return numbers
 
-    def _refuse_other(self, name: str, values: pa.ChunkedArray, kind: Kind, in_words: str) -> None:
+    def _refuse_other(self, name: str, values: pa.ChunkedArray, kind: Kind) -> None:
         if kind_of_column(values.type) != kind and not pa.types.is_null(values.type):
             stray = self._stray_text(values) if is_string(values.type) else ""
             text = f"column {name} of {self.where} holds {values.type}{'' if stray else such_as(values)}"
             stray = f" ({stray}: correct it)" if stray else ""
-            raise ValueError(f"{text}; in training it was {in_words}{stray}")
+            raise ValueError(f"{text}; in training it was {_IN_WORDS[kind]}{stray}")
 
     def _refuse_missing(self, name: str, absent: np.ndarray) -> None:
         if self.missing == "refuse" and (num := int(absent.sum())):
