@@ -14,7 +14,6 @@ from raysubset.data.files import (
     read_files,
     read_named_file,
     read_schema,
-    refuse_other_formats,
 )
 from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.image_columns import image_column, images_of, plain, with_full_paths
@@ -110,7 +109,9 @@ def _stream(
     files: DataFiles, members: Sequence[Placed], choice: Choice, config: DataConfig, task: str
 ) -> tuple[dict[str, pa.Table], RowGroups]:
     """Return a streamed split's tables by file, without their features, and the files of the features."""
-    refuse_other_formats(files, members)
+    for path in map(files.full_path, members):
+        if not path.lower().endswith(".parquet"):
+            raise not_streamed(f"{path} is none")
     where, schemas = f"the train split of {config.name}", list[pa.Table]()
     if choice.are_images and task in ("regression", "segmentation"):
         raise ValueError(

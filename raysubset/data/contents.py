@@ -19,6 +19,7 @@ from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.full_set import FullSet
 from raysubset.data.listing import locate
 from raysubset.data.named import torchvision_files
+from raysubset.data.split import SPLITS
 from raysubset.data.streamed import StreamedSplit
 from raysubset.errors import ChangedFile, listed
 from raysubset.events import Note
@@ -106,7 +107,7 @@ def array_fingerprint(full_set: FullSet) -> pa.Table:
     if is_given(full_set.name):  # an entry more for a function's sets would refuse to resume their earlier runs
         fitted = json.dumps(task_to_dict(full_set.task)).encode()
         contents.append(Entry("what training rows decide", len(fitted), hasher(fitted).hexdigest()))
-    for name in ("train", "validation", "test"):
+    for name in SPLITS:
         split = getattr(full_set, name)
         tensors = split.arrays()
         for column in split.table.column_names:

@@ -64,7 +64,8 @@ def decode_source(source: Source, rows: Mapping[SplitName, np.ndarray], image_si
     image_shape = height, width, channels = max(decoded.shapes.values())
     grey = [name for name, shape in decoded.shapes.items() if shape[2] < channels]
     notes += [Note(f"the {name} split is grey, others have colours: repeated to three channels") for name in grey]
-    notes += level_notes(levels := decoded.levels[:channels], has_rounded=decoded.findings["train"].has_rounded)
+    has_rounded = bool(decoded.findings["train"].num_rounded or decoded.findings["train"].greys)
+    notes += level_notes(levels := decoded.levels[:channels], has_rounded=has_rounded)
     images: dict[SplitName, np.ndarray] = {}
     for name, parts in decoded.parts.items():
         images[name] = _joined(parts, (len(rows[name]), height, width, channels))

@@ -104,13 +104,6 @@ def not_streamed(reason: str) -> ValueError:
     )
 
 
-def refuse_other_formats(files: DataFiles, members: Sequence[Placed]) -> None:
-    """Refuse to stream files that are not Parquet."""
-    paths = [files.full_path(member) for member in members]
-    if other_paths := [path for path in paths if not path.lower().endswith(".parquet")]:
-        raise not_streamed(f"{other_paths[0]} is none")
-
-
 def read_files(
     files: DataFiles,
     members: Sequence[Placed],
@@ -139,12 +132,10 @@ def read_files(
             if path.lower().endswith(".parquet"):
                 parquet = pq.ParquetFile(file, page_checksum_verification=True)
                 table = parquet.read(stored(parquet.schema_arrow))
-            elif path.lower().endswith(tuple(DELIMITERS)):
-                table = read_csv(file.read(), path, types=types)
-                table = table.select(stored(table.schema))
             else:
-                reader = _arrow_reader(file)
-                table = reader.read_all().select(stored(reader.schema))
+                is_csv = path.lower().endswith(tuple(DELIMITERS))
+                table = read_csv(file.read(), path, types=types) if is_csv else _arrow_reader(file).read_all()
+                table = table.select(stored(table.schema))
             table.validate(full=True)  # IPC is not checked on reading: damaged offsets would cause a segmentation fault
         return member.with_columns(table, left_out=left_out)
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
-from PIL import Image, ImageFile
+from PIL import Image
 from pyarrow import fs
 
 from raysubset.config import (
@@ -35,7 +35,7 @@ from raysubset.data.layout import (
     with_values,
 )
 from raysubset.data.listing import list_folder, locate
-from raysubset.data.split import SplitName
+from raysubset.data.split import SPLITS, SplitName
 from raysubset.errors import first_line
 from raysubset.events import Note
 
@@ -52,6 +52,9 @@ _LOGGED = {
     "an Iceberg table": re.compile(r"(^|/)metadata/[^/]*\.metadata\.json$"),
 }
 _MOST_REASONS = 8  # in one line
+
+# Formats that Pillow recognises by their first bytes, and does not decode.
+_NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 Kind = Literal["tables", "images", "texts"]
 LeftOut = defaultdict[str, list[str]]  # the paths that are left out, by reason
@@ -151,13 +154,9 @@ def find_files(config: DataConfig) -> DataFiles:
 
 def image_suffixes() -> tuple[str, ...]:
     """Return the suffixes of the formats whose pixels Pillow can read here, including installed plugins."""
-    Image.init()
-    readers = {kind: reader for kind, (reader, _) in Image.OPEN.items()}
-    classes = {kind: reader for kind, reader in readers.items() if isinstance(reader, type)}
-    stubs = [kind for kind, reader in classes.items() if issubclass(reader, ImageFile.StubImageFile)]
-    unreadable = {*stubs, "MPEG"}  # Pillow recognises them by their first bytes, and does not decode them
-    readable = {*readers, "MPO"} - unreadable  # MPO is opened by JPEG's reader
-    return tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in readable)
+    suffixes = Image.registered_extensions()  # it also loads the plugins
+    readable = {*Image.OPEN, "MPO"} - _NOT_DECODED  # MPO is opened by JPEG's reader
+    return tuple(suffix for suffix, kind in suffixes.items() if kind in readable)
 
 
 def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> DataFiles:
@@ -197,7 +196,7 @@ def _find_in_folder(system: fs.FileSystem, root: str, config: DataConfig) -> Dat
         layout = lay_out_images(paths, empty=empty, where=where, label_column=config.label_column)
     if listing.links:
         layout = _without_doubles(layout, root, where, left_out)
-    in_order: Layout = {split: layout[split] for split in get_args(SplitName) if split in layout}
+    in_order: Layout = {split: layout[split] for split in SPLITS if split in layout}
     chosen_layout = ignored.without(in_order)
     left_out["of ignored splits"] += [file.path for split in layout.keys() - chosen_layout for file in layout[split]]
     ignored.refuse_unmatched([*layout, *visible, *files])
@@ -290,8 +289,7 @@ def _in_words(left_out: LeftOut, others: Iterable[str]) -> str:
     """Return the reasons for leaving files out, with counts and names. For `others` the reason is their suffix."""
     by_reason: LeftOut = defaultdict(list)
     for path in sorted({*others}.difference(*left_out.values())):
-        suffix = PurePosixPath(path).suffix
-        by_reason[suffix or "without a suffix"].append(path)
+        by_reason[PurePosixPath(path).suffix or "without a suffix"].append(path)
     reasons = [(reason, paths) for reason, paths in (left_out | by_reason).items() if paths]
     words = [f"{reason} ({len(paths)}: {some(paths, most=2)})" for reason, paths in reasons[:_MOST_REASONS]]
     if num_others := sum(len(paths) for _, paths in reasons[_MOST_REASONS:]):

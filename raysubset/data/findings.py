@@ -34,11 +34,6 @@ class Findings:
             flat_shape=self.flat_shape or other.flat_shape,
         )
 
-    @property
-    def has_rounded(self) -> bool:
-        """True if pixels had more than the 256 levels that are kept."""
-        return bool(self.num_rounded or self.greys)
-
     def notes(self, where: str, grey_range: GreyRange = FULL_RANGE) -> tuple[Note, ...]:
         """Return a note of one sentence for each finding."""
         return tuple(map(Note, self._sentences(where, grey_range)))

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ import pyarrow as pa
 from raysubset.config import DataConfig, nearest
 from raysubset.data.columns import read_columns
 from raysubset.data.finding import DataFiles, Ignored
-from raysubset.data.split import SplitName
+from raysubset.data.split import SPLITS, SplitName
 from raysubset.data.tables import Tables, holds_images, holds_lists, tables_in_memory
 from raysubset.errors import first_line, with_article
 from raysubset.events import Note
@@ -55,8 +55,10 @@ def read_returned(config: DataConfig, task: str) -> Tables | Arrays:
         read_as = ""
         if isinstance(split, dict):
             arrays[name], num = split, len(next(iter(split.values())))
-            if ":" not in task and not isinstance(value, Mapping) and _are_grey_floats(split.get("image")):
-                read_as = f", {_shown(split['image'])} as grey images (series go by name: {_SERIES})"
+            image = split.get("image", np.empty(0))
+            is_grey = image.dtype.kind == "f" and image.ndim == 4 and image.shape[3] == 1
+            if is_grey and ":" not in task and not isinstance(value, Mapping):
+                read_as = f", {_shown(image)} as grey images (series go by name: {_SERIES})"
         else:
             tables[name], num = (f"the {name} split of {origin(config)}", split), split.num_rows
         notes.append(Note(f"{name} split: {num} examples of {origin(config)}{read_as}"))
@@ -128,20 +130,18 @@ def _splits_of(returned: Any, config: DataConfig) -> dict[SplitName, tuple[Any, 
     """Return each split's value and its name in messages, train first. A result without splits is training data."""
     if _is_pair(returned) and (all(map(_is_pair_of_arrays, returned)) or all(map(_is_dataset, returned))):
         returned = dict(zip(("train", "test"), returned, strict=True))
-    ignored, names = Ignored(config), get_args(SplitName)
-    if not isinstance(returned, Mapping) or (returned and not {*returned} & {*names} and _are_arrays(returned)):
+    ignored = Ignored(config)
+    if not isinstance(returned, Mapping) or (returned and not {*returned} & {*SPLITS} and _are_arrays(returned)):
         ignored.refuse_unmatched(())
         return {"train": (returned, _shown_name(config))}
-    splits = ignored.chosen(returned)
+    splits, shown = ignored.chosen(returned), _shown_name(config)
     for name in splits:
-        if name not in names:
-            raise ValueError(
-                f"{_shown_name(config)} has a split {name!r}, not one of {', '.join(names)}{nearest(str(name), names)}"
-            )
+        if name not in SPLITS:
+            hint = nearest(str(name), SPLITS)
+            raise ValueError(f"{shown} has a split {name!r}, not one of {', '.join(SPLITS)}{hint}")
     if "train" not in splits:
-        raise ValueError(f"{_shown_name(config)} has no train split, only {', '.join(splits)}")
-    shown = _shown_name(config)
-    return {name: (splits[name], f"{shown}'s {name} split") for name in names if name in splits}
+        raise ValueError(f"{shown} has no train split, only {', '.join(splits)}")
+    return {name: (splits[name], f"{shown}'s {name} split") for name in SPLITS if name in splits}
 
 
 def _is_pair(value: Any) -> bool:
@@ -193,17 +193,12 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> pa.Tabl
             f"{where} has {_shown(inputs)} beside labels, which may be series or grey images: name them, {_SERIES} for "
             "numbers that are standardised, dict(image=…, label=…) for pixels in [0, 1], which become 8 bits"
         )
+    name, target = "inputs", "mask" if is_mask else "target"
     if is_uint8_image or (inputs.ndim in (3, 4) and is_label):
-        inputs = inputs[..., np.newaxis] if inputs.ndim == 3 else inputs
-        if is_label:
-            return _named_arrays({"image": inputs, "label": targets.reshape(-1)}, where)
-        return _named_arrays({"image": inputs, "mask" if is_mask else "target": targets}, where)
+        name, inputs = "image", inputs[..., np.newaxis] if inputs.ndim == 3 else inputs
+        target, targets = ("label", targets.reshape(-1)) if is_label else (target, targets)
     inputs = inputs[:, np.newaxis] if inputs.ndim == 1 else inputs
-    return _named_arrays({"inputs": inputs, "mask" if is_mask else "target": targets}, where)
-
-
-def _are_grey_floats(images: np.ndarray | None) -> bool:
-    return images is not None and images.dtype.kind == "f" and images.ndim == 4 and images.shape[3] == 1
+    return _named_arrays({name: inputs, target: targets}, where)
 
 
 def _named_arrays(values: Mapping[Any, Any], where: str) -> dict[str, np.ndarray]:

@@ -59,26 +59,20 @@ def _storage(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
 
 
-def vectors_as_lists(field: pa.Field) -> pa.Field:
-    """Return the field of a column of tensors in one dimension, Arrow's or ray.data's, as one of lists. Others stay."""
-    kind, shape = _kind_of_tensors(field)
-    if kind not in (*_RAY_TENSORS, "arrow.fixed_shape_tensor"):
-        return field
-    try:
-        lengths = json.loads(shape)
-    except ValueError:  # pickled, which image_column() refuses
-        return field
-    storage = getattr(field.type, "storage_type", field.type)
-    return pa.field(field.name, storage) if isinstance(lengths, list) and len(lengths) == 1 else field
-
-
 def with_lists(table: pa.Table) -> pa.Table:
     """Return a table whose columns of tensors in one dimension, Arrow's or ray.data's, are lists."""
     for place, field in enumerate(table.schema):
-        if (lists := vectors_as_lists(field)) is not field:
+        kind, shape = _kind_of_tensors(field)
+        if kind not in (*_RAY_TENSORS, "arrow.fixed_shape_tensor"):
+            continue
+        try:
+            lengths = json.loads(shape)
+        except ValueError:  # pickled, which image_column() refuses
+            continue
+        if isinstance(lengths, list) and len(lengths) == 1:
             column = table.column(place)
-            is_known = isinstance(field.type, pa.BaseExtensionType)
-            table = table.set_column(place, lists, _storage(column) if is_known else column)
+            lists = _storage(column) if isinstance(field.type, pa.BaseExtensionType) else column
+            table = table.set_column(place, pa.field(field.name, lists.type), lists)
     return table
 
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from raysubset.data.image_columns import vectors_as_lists, with_lists
+from raysubset.data.image_columns import with_lists
 from raysubset.data.split import SplitName
 from raysubset.events import Note
 
@@ -47,11 +47,8 @@ class Placed:
 
     def with_fields(self, schema: pa.Schema) -> pa.Schema:
         """Add the columns that the file's folders name to its schema, in which vectors are lists."""
-        names = [name for name in self.columns if name not in schema.names]
-        return pa.schema(
-            [*map(vectors_as_lists, schema), *((name, pa.scalar(self.columns[name]).type) for name in names)],
-            schema.metadata,
-        )
+        empty = pa.table([pa.nulls(0, kind) for kind in schema.types], schema=schema)
+        return self.with_columns(empty).schema
 
     def with_columns(self, table: pa.Table, *, left_out: Collection[str] = ()) -> pa.Table:
         """Add the columns that the file's folders name to its table, except those left out. Vectors become lists."""
