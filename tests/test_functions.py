@@ -41,6 +41,10 @@ class Items(Dataset):
     def __getitem__(self, number):
         return self.items[number] if self.items[number] is not None else 1 / 0
 
+class Frame:
+    def __arrow_c_stream__(self, requested_schema=None):
+        raise pa.ArrowTypeError("Expected bytes, got an int", "Conversion failed for column x")
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield 1, 2
@@ -326,6 +330,10 @@ def test_a_function_may_return_texts(returned: Callable[..., Any]):
         ("return features[:0], labels[:0]", r"inputs of own_rows:load has shape \(0, 2\)"),
         ("return dict(row=labels)", "names an array 'row'"),
         ("return torch.zeros(6, 2, dtype=torch.bfloat16), labels", "does not make an array of numpy's: .*BFloat16"),
+        (
+            "return Frame()",
+            "own_rows:load does not make an Arrow table: Expected bytes, got an int; Conversion failed for",
+        ),
         ("return Endless()", "reading item 0 of own_rows:load raised .*; a Dataset needs a length"),
         ("return Items([])", "has no items"),
         ("return Items([(1, 2), None])", "reading item 1 of own_rows:load raised ZeroDivisionError: division by zero"),

@@ -358,7 +358,7 @@ def test_scikit_learns_tables_are_read_as_it_gives_them(name: str):
         labels, names = classes_of(tables)
         assert (labels["train"].tolist(), names) == (loaded.target.tolist(), tuple(loaded.target_names))
     inputs, _ = fit_columns(table, tables.choice.features, missing="refuse")
-    assert inputs.num_features == loaded.data.shape[1]
+    assert inputs.shape == loaded.data.shape[1:]
     assert kind_of(name) == "named"
     assert file_fingerprint(DataConfig(name=name)) is None
 

@@ -168,7 +168,11 @@ def _recognise(value: Any, config: DataConfig, where: str, task: str) -> pa.Tabl
     if _is_dataset(value):
         value = _stacked(value, where)
     if hasattr(value, "__arrow_c_stream__") and not isinstance(value, pa.Table):
-        value = pa.table(value)
+        try:
+            value = pa.table(value)
+        except pa.ArrowException as error:  # such as a column of numbers and texts, or of complex numbers
+            text = f"{where} does not make an Arrow table: {'; '.join(map(str, error.args))}"
+            raise ValueError(f"{text}: give each column values of one type that Arrow has") from error
     if isinstance(value, pa.Table):
         if ":" not in task or holds_images(value.schema, config):
             return value
