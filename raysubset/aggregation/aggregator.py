@@ -122,7 +122,7 @@ def _best_candidate(
             candidate, validation = combine_and_score(
                 minima, replace(config, method=method), scorer, start=start, seed=seed
             )
-            if math.isfinite(validation.loss) and (best is None or validation.loss < best[1].loss):
+            if validation.compared_loss < (best[1].loss if best else math.inf):
                 best = candidate, validation
         except ValueError as refusal:
             error = str(refusal)

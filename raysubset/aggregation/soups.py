@@ -67,19 +67,18 @@ def greedy_soup(minima: Sequence[Minimum], score: Score) -> Aggregate:
     The paper compares accuracies; here it is the loss, as in every choice. Raises as uniform_soup().
     """
     first, *others = by_validation_loss(minima)
-    soup, members, best_loss = mean_of(minima), [first.subset_id], first.validated().loss
+    soup, members, best_loss = mean_of(minima), (first.subset_id,), first.validated().loss
     soup.add(load_member(first))
-    tried: list[tuple[tuple[int, ...], float]] = [((first.subset_id,), first.validated().loss)]
+    tried: list[tuple[tuple[int, ...], float]] = [(members, best_loss)]
     for minimum in others:
         candidate = copy.deepcopy(soup)
         candidate.add(load_member(minimum))
-        loss = score(candidate.weights()).loss
-        tried.append(((*members, minimum.subset_id), loss))
+        more, loss = (*members, minimum.subset_id), score(candidate.weights()).loss
+        tried.append((more, loss))
         if loss <= best_loss:
-            soup, best_loss = candidate, loss
-            members.append(minimum.subset_id)
+            soup, members, best_loss = candidate, more, loss
     shares, shared_start = (1 / len(members),) * len(members), shares_start(minima)
-    return Aggregate("greedy_soup", soup.weights(), tuple(members), shares, shared_start, tuple(tried), soup.of_first)
+    return Aggregate("greedy_soup", soup.weights(), members, shares, shared_start, tuple(tried), soup.of_first)
 
 
 def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
@@ -92,12 +91,7 @@ def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
         raise ValueError("there is no minimum to choose from")
     if not any(math.isfinite(m.validated().loss) for m in minima):
         raise ValueError(f"none of the {len(minima)} minima has a finite validation loss: lower minimize.learning_rate")
-
-    def rank(minimum: Minimum) -> tuple[float, int]:
-        loss = minimum.validated().loss
-        return (loss if math.isfinite(loss) else math.inf, minimum.subset_id)
-
-    return sorted(minima, key=rank)
+    return sorted(minima, key=lambda minimum: (minimum.validated().compared_loss, minimum.subset_id))
 
 
 def ensemble_outputs(minima: Sequence[Minimum], task: Task) -> torch.Tensor:

@@ -39,7 +39,7 @@ class RunningMean:
         """
         if not self._mean:
             self._dtypes = {key: value.dtype for key, value in weights.items()}
-            self._mean = {key: widened(value) for key, value in weights.items()}
+            self._mean = {key: value.to(wide(value.dtype), copy=True) for key, value in weights.items()}
             self._total = coefficient
             return
         refuse_other_architecture(self._mean, weights)
@@ -156,11 +156,6 @@ def first_not_finite(tensors: Weights, keys: Collection[str]) -> str | None:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the type to accumulate in: float32 for half precision."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def widened(value: Tensor) -> Tensor:
-    """Return a copy in the type to accumulate in."""
-    return value.to(wide(value.dtype), copy=True)
 
 
 def refuse_other_architecture(first: Weights, second: Weights) -> None:
