@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor, fx
 
 from raysubset.aggregation.alignment.tracing import Permutations, UnitGroup, UnitStructure, permuted, walk
+from raysubset.aggregation.alignment.unit_tracer import Layer
 from raysubset.training import Weights
 
 Match = Callable[[Weights, Weights], Permutations]
@@ -70,35 +72,32 @@ def match_activations(
     mean's accuracy by 10 points. Both networks, traced and in evaluation mode, run side by side, batch [n, C, H, W] by
     batch. Sums are float64, on their device. A unit that is constant on the examples correlates with none.
     """
-    correlations = [[_Correlation() for _ in group.activations] for group in groups]
-    places: dict[str, list[tuple[int, int]]] = {}
-    for g, group in enumerate(groups):
-        for r, (layer, _) in enumerate(group.activations):
-            places.setdefault(layer.node, []).append((g, r))
+    by_group = [[_Correlation(layer, positions) for layer, positions in group.activations] for group in groups]
     with torch.no_grad():
         for images in batches:
             for (node, ours), (_, theirs) in zip(walk(target, images), walk(network, images), strict=True):
-                for g, r in places.get(node.name, ()):
-                    layer, positions = groups[g].activations[r]
-                    index = positions.to(images.device)
-                    a, b = (x.movedim(layer.dim, 0)[index].flatten(1).double() for x in (ours, theirs))
-                    correlations[g][r].add(a, b)
+                for correlation in chain.from_iterable(by_group):
+                    if correlation.layer.node == node.name:
+                        correlation.add(ours, theirs)
     orders = []
-    for group, parts in zip(groups, correlations, strict=True):
+    for group, parts in zip(groups, by_group, strict=True):
         order = _best_order(sum((part.matrix() for part in parts), torch.zeros(()))) if parts else None
         orders.append(torch.arange(group.size) if order is None else order)
     return tuple(orders)
 
 
 class _Correlation:
-    """The correlation of two networks' units, over examples and pixels."""
+    """The correlation of two networks' units in a layer's outputs, over examples and pixels."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Layer, positions: Tensor) -> None:
+        self.layer, self._positions = layer, positions
         self._count = 0
         self._sums: list[Tensor] = []
 
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Add float64 [n, S] of each network: the values of each unit."""
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """Add the layer's outputs in each network."""
+        index = self._positions.to(ours.device)
+        a, b = (x.movedim(self.layer.dim, 0)[index].flatten(1).double() for x in (ours, theirs))
         sums = [a.sum(1), b.sum(1), a.square().sum(1), b.square().sum(1), a @ b.T]
         self._sums = [old + new for old, new in zip(self._sums, sums, strict=True)] if self._sums else sums
         self._count += a.shape[1]

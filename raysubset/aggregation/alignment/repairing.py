@@ -15,21 +15,21 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 _LEAST_STD = 1e-6  # of the target's: a channel that varies less is constant, and no factor makes it vary
 
 
-def layer_statistics(model: nn.Module, structure: UnitStructure, batches: Iterable[Tensor]) -> Statistics:
+def layer_statistics(model: nn.Module, structure: UnitStructure, batches: Sequence[Tensor]) -> Statistics:
     """Return statistics over examples and pixels of the layers that repair() changes, in evaluation mode.
 
     Args:
-        batches: images [n, C, H, W] on the model's device, which are passed forward once.
+        batches: as repair() takes them.
     """
-    network = structure.network(model)
+    network, statistics = structure.network(model), Statistics()
     dims = {layer.node: layer.dim for layer in _repaired(network, structure)}
-    moments = {node: _Moments() for node in dims}
     with torch.no_grad():
-        for images in batches:
-            for node, value in walk(network, images):
-                if node.name in dims:
-                    moments[node.name].add(value, dims[node.name])
-    return {node: layer_moments.result() for node, layer_moments in moments.items()}
+        for steps in zip(*(walk(network, images) for images in batches), strict=True):
+            name = steps[0][0].name
+            if name in dims:
+                mean, std, _ = _moments([value for _, value in steps], dims[name])
+                statistics[name] = mean, std
+    return statistics
 
 
 def mean_statistics(members: Sequence[Statistics]) -> Statistics:
@@ -81,10 +81,9 @@ def _repaired(network: fx.GraphModule, structure: UnitStructure) -> list[Layer]:
 def _reset(norm: _BatchNorm, inputs: Sequence[Tensor]) -> None:
     if norm.running_mean is None or norm.running_var is None:
         return
-    moments = _Moments(inputs, 1)
-    mean, std = moments.result()
+    mean, std, num = _moments(inputs, 1)
     norm.running_mean.copy_(mean)
-    norm.running_var.copy_(std.square() * (moments.count / max(1, moments.count - 1)))  # unbiased, as torch keeps it
+    norm.running_var.copy_(std.square() * (num / max(1, num - 1)))  # unbiased, as torch keeps it
 
 
 def _correct(layer: nn.Module, dim: int, values: Sequence[Tensor], target_mean: Tensor, target_std: Tensor) -> None:
@@ -92,7 +91,7 @@ def _correct(layer: nn.Module, dim: int, values: Sequence[Tensor], target_mean: 
     weight, bias = layer.weight, layer.bias
     if not isinstance(weight, Tensor):
         return
-    mean, std = _Moments(values, dim).result()
+    mean, std, _ = _moments(values, dim)
     scale = torch.where(std > _LEAST_STD * target_std, target_std / std, 1.0)
     weight.mul_(scale.to(weight.dtype).view(-1, *[1] * (weight.ndim - 1)))
     shift = torch.zeros_like(mean)
@@ -104,21 +103,12 @@ def _correct(layer: nn.Module, dim: int, values: Sequence[Tensor], target_mean: 
         value.mul_(scale.to(value.dtype).view(shape)).add_(shift.to(value.dtype).view(shape))
 
 
-class _Moments:
-    """Mean and standard deviation of each channel, in float64."""
-
-    def __init__(self, values: Iterable[Tensor] = (), dim: int = 0) -> None:
-        self.count = 0
-        self._sum, self._sum_of_squares = torch.zeros(()), torch.zeros(())
-        for batch in values:
-            self.add(batch, dim)
-
-    def add(self, values: Tensor, dim: int) -> None:
-        rows = values.movedim(dim, 0).flatten(1).double()
-        self._sum = self._sum.to(rows) + rows.sum(1)
-        self._sum_of_squares = self._sum_of_squares.to(rows) + rows.square().sum(1)
-        self.count += rows.shape[1]
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        mean = self._sum / self.count
-        return mean, (self._sum_of_squares / self.count - mean.square()).clamp_min(0).sqrt()
+def _moments(values: Iterable[Tensor], dim: int) -> tuple[Tensor, Tensor, int]:
+    """Return mean and standard deviation of each channel, float64 [C], and the number of values of one."""
+    total, total_of_squares, num = torch.zeros(()), torch.zeros(()), 0
+    for value in values:
+        rows = value.movedim(dim, 0).flatten(1).double()
+        total, total_of_squares = total.to(rows) + rows.sum(1), total_of_squares.to(rows) + rows.square().sum(1)
+        num += rows.shape[1]
+    mean = total / num
+    return mean, (total_of_squares / num - mean.square()).clamp_min(0).sqrt(), num
