@@ -33,6 +33,7 @@ class Scorer:
     ) -> None:
         self._model, self._calibration, self._validation, self._minimize = model, calibration, validation, minimize
         self._num_forward, self._started = 0, time.perf_counter()
+        self.parameter_names = trainable_names(model)
 
     def refreshed(self, weights: Weights) -> Weights:
         """Return the weights with batch-norm statistics of the calibration examples."""
@@ -78,11 +79,6 @@ class Scorer:
 
         tied = tied_names(self._model.state_dict(keep_vars=True))
         return Context(start, self.parameter_names, self.score, align, seed, tied)
-
-    @property
-    def parameter_names(self) -> frozenset[str]:
-        """The names of models.trainable_names()."""
-        return trainable_names(self._model)
 
     def cost(self) -> Cost:
         """Return the cost of all work so far."""

@@ -24,11 +24,7 @@ class Distillation:
 
     def __init__(self, teachers: Sequence[nn.Module], *, share: float, temperature: float) -> None:
         self._teachers = [teacher.eval() for teacher in teachers]
-        self._share, self._temperature = share, temperature
-
-    @property
-    def num_teachers(self) -> int:
-        return len(self._teachers)
+        self._share, self._temperature, self.num_teachers = share, temperature, len(teachers)
 
     @torch.no_grad()
     def targets(self, inputs: Tensor, task: Task) -> Tensor:

@@ -29,15 +29,11 @@ class Extrapolation:
 
     def __init__(self, recipe: ExtrapolationConfig, optimizer: torch.optim.Optimizer, *, seed: int, rank: int) -> None:
         self._recipe, self._optimizer, self._seed, self._rank = recipe, optimizer, seed, rank
+        self.differs_by_worker = recipe.kind != "past_global"  # each worker has a w½ of its own
         self._parameters: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
         self._decays = [group["weight_decay"] for group in optimizer.param_groups for _ in group["params"]]
         self._buffers: dict[int, Tensor] = {}  # by position in the parameters
         self._moved: list[int] = []  # positions of the parameters that are at w½, or were in the last step
-
-    @property
-    def differs_by_worker(self) -> bool:
-        """True if each worker has a w½ of its own."""
-        return self._recipe.kind != "past_global"
 
     @torch.no_grad()
     def look_ahead(self, rate: float, step: int) -> None:

@@ -63,13 +63,10 @@ class Objective:
         self._forward = torch.compile(model) if recipe.compile else model
         self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sizes = [p.numel() for p in self._named.values()]
-        self._dtype = dtype_of(model)
+        self.device, self._dtype = examples.device, dtype_of(model)
+        self.resolution = torch.finfo(self._dtype).eps  # of a loss, relatively; smaller differences are rounding errors
         self._chunks = torch.arange(len(examples), device=examples.device).split(recipe.batch_size * CHUNK_BATCHES)
         self._last: tuple[Tensor, Evaluation] | None = None  # weights and their gradient, the last computed
-
-    @property
-    def device(self) -> torch.device:
-        return self._examples.device
 
     @property
     def thirds(self) -> int:
@@ -80,11 +77,6 @@ class Objective:
     def worked(self) -> int:
         """Work done, in thirds of an example's pass, including that of earlier processes."""
         return self.worked_before + self.num_forward + 2 * self.num_backward
-
-    @property
-    def resolution(self) -> float:
-        """The relative precision of a loss; smaller differences are rounding errors."""
-        return torch.finfo(self._dtype).eps
 
     def weights(self) -> Tensor:
         """Return a copy of the trainable parameters, [P]."""
