@@ -35,6 +35,11 @@ def widened(outputs: Tensor) -> Tensor:
     return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
+def layout_of(model: nn.Module, recipe: MinimizeConfig) -> dict[str, Any]:
+    """Return the arguments of Examples.batch() that say in which memory layout and type a network takes its inputs."""
+    return {"channels_last": recipe.channels_last, "dtype": dtype_of(model)}
+
+
 def evaluation_batch(spec: Spec, widest: int = 0) -> int:
     """Return the number of examples of a forward pass: EVALUATION_BATCH, or fewer large ones: 222 of 3×224×224.
 
@@ -59,8 +64,7 @@ def batch_of(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int
         def look(module: nn.Module, inputs: Any, outputs: Any) -> None:
             sizes.extend(tensor.numel() // num for tensor in _tensors(outputs))
 
-        layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype_of(model)}
-        inputs, _ = next(iter(examples.in_order([num, len(examples) - num], **layout)))
+        inputs, _ = next(iter(examples.in_order([num, len(examples) - num], **layout_of(model, recipe))))
         handle = register_module_forward_hook(look)
         try:
             with evaluation_mode(model), torch.no_grad():
@@ -140,11 +144,10 @@ def metrics_of_outputs(outputs: Tensor, targets: Tensor, task: Task) -> Metrics:
 
 
 def _outputs(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    dtype = dtype_of(model)
     with evaluation_mode(model):
         sizes, num_done = _sizes(len(examples), examples.task, batch_of(model, examples, recipe)), 0
         measuring(num_done, len(examples))
-        for inputs, targets in examples.in_order(sizes, channels_last=recipe.channels_last, dtype=dtype):
+        for inputs, targets in examples.in_order(sizes, **layout_of(model, recipe)):
             yield widened(model(inputs)).detach(), targets
             num_done += len(targets)
             measuring(num_done, len(examples))
@@ -195,7 +198,7 @@ def recompute_batch_norm(
         return 0
     num = num_sampled or len(examples)
     sizes = even_sizes(num, math.ceil(num / batch_of(model, examples, recipe)))
-    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype_of(model)}
+    layout = layout_of(model, recipe)
     if num_sampled or examples.is_augmented:
         batches = examples.epoch(batch_sizes=sizes, order_seed=seed, augmentation_seed=seed, **layout)
     else:

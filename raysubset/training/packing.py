@@ -11,10 +11,11 @@ from raysubset.config import MinimizeConfig
 from raysubset.costs import Cost
 from raysubset.data import Examples
 from raysubset.errors import first_line
-from raysubset.models import copied, dtype_of
+from raysubset.models import copied
 from raysubset.training.loop import minimize
 from raysubset.training.packed import minimize_packed
 from raysubset.training.records import num_steps_per_epoch
+from raysubset.training.trial import gradients_of
 
 PAYS = 0.9  # packing is chosen if a packed step takes less than this share of its members' single steps
 _NUM_WARM, _NUM_TIMED = 3, 8  # steps of a repeat: kernels are chosen in the first, which are not timed
@@ -46,8 +47,9 @@ def try_packing(models: Sequence[nn.Module], examples: Sequence[Examples], recip
         ValueError: if the network cannot be packed, with the reason: vmap cannot run it, memory does not suffice, or
             the loss does not depend on a parameter, which single steps would leave alone and packed ones would decay.
     """
-    if (unused := _unused_parameter(models[0], examples[0], recipe)) is not None:
-        raise ValueError(f"the loss does not depend on the parameter {unused}")
+    few = examples[0].select(torch.arange(min(4, len(examples[0])), device=examples[0].device))
+    if unused := [name for name, gradient in gradients_of(models[0], few, recipe).items() if gradient is None]:
+        raise ValueError(f"the loss does not depend on the parameter {unused[0]}")
     steps = _NUM_WARM + _NUM_TIMED
     epochs = max(steps / num_steps_per_epoch(len(member_examples), recipe) for member_examples in examples) + 1
     recipe = replace(  # at a rate that moves nothing, so that the trial cannot diverge
@@ -100,13 +102,3 @@ class _Watch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return self._clock()
-
-
-def _unused_parameter(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> str | None:
-    """Return the name of a parameter that gets no gradient, or None."""
-    network = copied(model).train()
-    indices = torch.arange(min(4, len(examples)), device=examples.device)
-    dtype = dtype_of(network)
-    inputs, targets = examples.batch(indices, channels_last=recipe.channels_last, dtype=dtype)
-    examples.task.loss(network(inputs), targets).backward()
-    return next((name for name, p in network.named_parameters() if p.requires_grad and p.grad is None), None)

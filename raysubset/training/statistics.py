@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from raysubset.config import MinimizeConfig
 from raysubset.costs import Cost
 from raysubset.data import Examples
-from raysubset.models import dtype_of, has_dropout
+from raysubset.models import has_dropout
 from raysubset.tasks import Task
-from raysubset.training.evaluation import EVALUATION_BATCH, batch_of, evaluation_mode, widened
+from raysubset.training.evaluation import EVALUATION_BATCH, batch_of, evaluation_mode, layout_of, widened
 
 MOST_ELEMENTS = 2**24  # of per-example gradients, or of unfolded inputs, held at a time
 CPU_EXAMPLES = 16  # whose gradients a CPU computes at a time: a quarter of the time that 300 take each (MNIST CNN)
@@ -160,7 +159,7 @@ def _sampled_batches(
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
     size = batch_of(model, examples, recipe)
     parts = order[:num].sort().values.to(examples.device).split(size)
-    layout: dict[str, Any] = {"channels_last": recipe.channels_last, "dtype": dtype_of(model)}
+    layout = layout_of(model, recipe)
     return (examples.batch(indices, **layout) for indices in parts)
 
 

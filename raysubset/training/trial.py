@@ -15,7 +15,7 @@ from raysubset.data import Examples
 from raysubset.errors import listed
 from raysubset.models import copied, dtype_of, generators_restored
 from raysubset.tasks import Spec
-from raysubset.training.evaluation import predict
+from raysubset.training.evaluation import layout_of, predict
 from raysubset.training.loop import minimize
 from raysubset.training.own_loop import starts_over
 from raysubset.training.records import DivergedError, Progress
@@ -126,7 +126,7 @@ def try_own_steps(model: nn.Module, recipe: MinimizeConfig, sample: Examples) ->
             if not result.cost.num_forward or not result.cost.num_backward:
                 text = "reported no costs: let progress.count() count steps, or set progress.cost"
                 raise misfit(field, reference, text)
-            _refuse_unmoved(model, unbroken, examples, reference)
+            _refuse_unmoved(model, unbroken, examples, recipe)
             if starts_over(recipe, states[0]):
                 return f"{reference} sets no progress.capture: if its process dies, a subset's work starts over"
             minimize(copied(model), examples, recipe, seed=0, on_step=stop)
@@ -155,24 +155,29 @@ def through_a_file(state: dict[str, Any], misfit: ValueError) -> dict[str, Any]:
         raise misfit from error
 
 
-def _refuse_unmoved(start: nn.Module, end: nn.Module, examples: Examples, reference: str) -> None:
+def _refuse_unmoved(start: nn.Module, end: nn.Module, examples: Examples, recipe: MinimizeConfig) -> None:
     """Refuse a loop that left parameters unchanged although the loss depends on them."""
     old, new = dict(start.named_parameters()), dict(end.named_parameters())
     unmoved = [name for name, p in old.items() if p.requires_grad and torch.equal(p, new[name])]
     if unmoved:
-        network = copied(start).train()
-        inputs, targets = examples.batch(torch.arange(len(examples)), dtype=dtype_of(network))
-        with torch.random.fork_rng(devices=[]):
-            examples.task.loss(network(inputs), targets).backward()
-        slopes = {name: p.grad for name, p in network.named_parameters()}
+        slopes = gradients_of(start, examples, recipe)
         unmoved = [name for name in unmoved if (slope := slopes[name]) is not None and bool(slope.any())]
     if unmoved:
         raise misfit(
             "minimize.loop",
-            reference,
+            str(recipe.loop),
             f"left {len(unmoved)} of {len(old)} parameters unchanged: {listed(unmoved, most=3)}. Change those of the "
             "model that it receives; those that should stay have requires_grad=False in the network",
         )
+
+
+def gradients_of(model: nn.Module, examples: Examples, recipe: MinimizeConfig) -> dict[str, Tensor | None]:
+    """Return the loss's gradients in train mode by names of trainable parameters. The model is left as it was."""
+    network, indices = copied(model).train(), torch.arange(len(examples), device=examples.device)
+    inputs, targets = examples.batch(indices, **layout_of(network, recipe))
+    with torch.random.fork_rng(devices=[]):
+        examples.task.loss(network(inputs), targets).backward()
+    return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
 
 
 def least_batch(model: nn.Module, spec: Spec) -> int:

@@ -17,9 +17,9 @@ from raysubset.aggregation.soups import uniform_soup
 from raysubset.aggregation.streaming import aggregate_of, mean_of
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples, even_sizes
-from raysubset.models import averaged_names, copied, dtype_of
+from raysubset.models import averaged_names, copied
 from raysubset.training import Weights, recompute_batch_norm
-from raysubset.training.evaluation import evaluation_mode
+from raysubset.training.evaluation import evaluation_mode, layout_of
 
 _MOST_EXAMPLES = 1024  # of the calibration sample are used,
 _MOST_PIXELS = 2**25  # but no more than have this many numbers: 222 of 3×224×224
@@ -143,8 +143,7 @@ class _Aligner(Scorer):
         self._model.load_state_dict(weights)
         self._num_forward += len(self._calibration)
         sizes = even_sizes(len(self._calibration), math.ceil(len(self._calibration) / _BATCH))
-        dtype = dtype_of(self._model)
-        batches = self._calibration.in_order(sizes, channels_last=self._minimize.channels_last, dtype=dtype)
+        batches = self._calibration.in_order(sizes, **layout_of(self._model, self._minimize))
         return [images for images, _ in batches]
 
 
