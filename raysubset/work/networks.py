@@ -26,7 +26,6 @@ class Networks:
     def __init__(self) -> None:
         self._key: Any = None
         self._networks: list[nn.Module] = []  # by place in a pack; with a user's code one, to be copied
-        self._flags: list[tuple[list[bool], list[bool]]] = []
 
     def placed(
         self, config: Config, full_set: FullSet, weights: Weights, device: torch.device, *, place_in_pack: int = 0
@@ -47,18 +46,14 @@ class Networks:
         while len(self._networks) <= place_in_pack:
             model = place(random_model(config, full_set), device, channels_last=config.minimize.channels_last)
             self._networks.append(model)
-            self._flags.append(([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]))
-        model, (required, training) = self._networks[place_in_pack], self._flags[place_in_pack]
-        for parameter, flag in zip(model.parameters(), required, strict=True):
-            parameter.requires_grad_(flag).grad = None
-        for module, flag in zip(model.modules(), training, strict=True):
-            module.training = flag
+        model = self._networks[place_in_pack].train().requires_grad_()  # as build_model() returns ours
+        model.zero_grad()
         model.load_state_dict(weights)
         return place(model, device, channels_last=config.minimize.channels_last) if layout[1] else model
 
     def forget(self) -> None:
         """Drop all networks: after an exception their state is unknown."""
-        self._key, self._networks, self._flags = None, [], []
+        self._key, self._networks = None, []
 
     def _copy(self, config: Config, full_set: FullSet) -> nn.Module:
         if not self._networks:
