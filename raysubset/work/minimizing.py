@@ -1,8 +1,8 @@
 """Minimizer: does pieces of work in this process, each from its newest checkpoint to its minimum."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -77,11 +77,11 @@ class _Job:
     recipe: MinimizeConfig
     state: dict[str, Any] | None  # of its newest checkpoint
     optimizer_state: dict[str, Any] | None
+    stale: list[str]  # checkpoints of attempts before the one that it resumes from
     every_steps: int  # between checkpoints
     last_step: int  # of the last checkpoint
-    last_at: float
-    beat_at: float  # the time of its ledger entry's last heartbeat
-    stale: list[str]  # checkpoints of attempts before the one that it resumes from
+    last_at: float = field(default_factory=time.perf_counter)
+    beat_at: float = field(default_factory=time.perf_counter)  # the time of its ledger entry's last heartbeat
     watch: ValidationWatch | None = None
     validation_cost: Cost = field(default_factory=Cost)  # of the watch
 
@@ -164,44 +164,44 @@ class Minimizer:
             For each piece the minimum's record (minimum.json); None if it was stopped, with a checkpoint written; or
             the error, if it was one of several and its loss was never finite. All workers but the first return None.
         """
-        device, num_workers = self._begin(pieces), self._shard.num
-        started_at = time.time() - (time.perf_counter() - self._started)
-        more: dict[str, Any] = {"started_at": started_at, "waited_s": waited_s, "num_workers": num_workers}
-        works = [
-            Work(*piece.ledger_key, attempt, self._node, device_name(device), **more)
-            for piece, attempt in zip(pieces, attempts, strict=True)
-        ]
-        for work in works if self._shard.rank == 0 else ():
-            Ledger(self._run).begin(work)
-        jobs: list[_Job] = []
-        try:
-            start = pieces[0].start_weights(self.load_full_set()) if start is None else start
-            for place_in_pack, (piece, work) in enumerate(zip(pieces, works, strict=True)):
-                begin = None if start is None else piece.moved_on(start)
-                jobs.append(self._prepare(piece, begin, work, device, place_in_pack))
-            with self._profiled(jobs[0]) as trace:
-                results = self._minimize(jobs, trace)
-            if self._shard.rank:
-                return [None]
-            costs = [
-                self._cost_so_far(number) if isinstance(result, DivergedError) else result.cost
-                for number, result in enumerate(results)
+        with self._at_work(pieces) as device:
+            num_workers = self._shard.num
+            started_at = time.time() - (time.perf_counter() - self._started)
+            more: dict[str, Any] = {"started_at": started_at, "waited_s": waited_s, "num_workers": num_workers}
+            works = [
+                Work(*piece.ledger_key, attempt, self._node, device_name(device), **more)
+                for piece, attempt in zip(pieces, attempts, strict=True)
             ]
-            apart_s = num_workers * (time.perf_counter() - self._started) - sum(cost.device_s for cost in costs)
-            shared = Cost(device_s=apart_s / len(jobs))  # of the time that was no steps
-            return [
-                self._leave(job, result, cost, shared) for job, result, cost in zip(jobs, results, costs, strict=True)
-            ]
-        except Exception as error:
-            self.networks.forget()
-            device_s = num_workers * (time.perf_counter() - self._started) / len(works)
-            for number, work in enumerate(works):
-                if work not in self._closed:
-                    cost = replace(self._cost_so_far(number), device_s=device_s)
-                    self._close(work, "failed", cost, error=one_line(error))
-            raise
-        finally:
-            self._end()
+            for work in works if self._shard.rank == 0 else ():
+                Ledger(self._run).begin(work)
+            try:
+                start = pieces[0].start_weights(self.load_full_set()) if start is None else start
+                jobs = [
+                    self._prepare(piece, start and piece.moved_on(start), work, device, place_in_pack)
+                    for place_in_pack, (piece, work) in enumerate(zip(pieces, works, strict=True))
+                ]
+                with self._profiled(jobs[0]) as trace:
+                    results = self._minimize(jobs, trace)
+                if self._shard.rank:
+                    return [None]
+                costs = [
+                    self._cost_so_far(number) if isinstance(result, DivergedError) else result.cost
+                    for number, result in enumerate(results)
+                ]
+                apart_s = num_workers * (time.perf_counter() - self._started) - sum(cost.device_s for cost in costs)
+                shared = Cost(device_s=apart_s / len(jobs))  # of the time that was no steps
+                return [
+                    self._leave(job, result, cost, shared)
+                    for job, result, cost in zip(jobs, results, costs, strict=True)
+                ]
+            except Exception as error:
+                self.networks.forget()
+                device_s = num_workers * (time.perf_counter() - self._started) / len(works)
+                for number, work in enumerate(works):
+                    if work not in self._closed:
+                        cost = replace(self._cost_so_far(number), device_s=device_s)
+                        self._close(work, "failed", cost, error=one_line(error))
+                raise
 
     def try_packing(self, piece: TrialPiece, *, attempt: int) -> dict[str, Any]:
         """Time some steps of the trial's pieces, packed and singly; only the ledger's entry is written.
@@ -209,9 +209,8 @@ class Minimizer:
         Returns:
             A record of the trial, or {"refused": why the network cannot be packed}, with the device's name.
         """
-        device, cost = self._begin(piece.pieces), Cost()
-        place: dict[str, Any] = {"device": device_name(device), "node": self._node}
-        try:
+        with self._at_work(piece.pieces) as device:
+            place: dict[str, Any] = {"device": device_name(device), "node": self._node}
             with Ledger(self._run).recorded("measuring", 0, attempt=attempt, **place) as close:
                 members = [self._placed(member, None, device, number) for number, member in enumerate(piece.pieces)]
                 examples, recipe = [_held(member[1]) for member in members], self._config.stage(piece.pieces[0].stage)
@@ -219,22 +218,22 @@ class Minimizer:
                     trial = try_packing([model for model, _ in members], examples, recipe)
                     cost, record = trial.cost, asdict(trial)
                 except ValueError as error:
-                    record = {"refused": str(error)}
+                    cost, record = Cost(), {"refused": str(error)}
                 close(replace(cost, device_s=time.perf_counter() - self._started))
-        finally:
-            self._end()
         return record | {"device": place["device"]}
 
-    def _begin(self, pieces: Sequence[Piece]) -> torch.device:
+    @contextmanager
+    def _at_work(self, pieces: Sequence[Piece]) -> Iterator[torch.device]:
+        """Be busy with these pieces in the block, on the device that this yields."""
         begin()
         self._config, self._run = pieces[0].config, pieces[0].directory
         self._progress, self._started, self.is_busy = {}, time.perf_counter(), True
         self._closed.clear()
         self._start_bytes = self._step_bytes = 0
-        return use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
-
-    def _end(self) -> None:
-        self._progress, self.is_busy = {}, False
+        try:
+            yield use_device(num_gpus=self._num_gpus, num_threads=self._config.actors.num_cpus)
+        finally:
+            self._progress, self.is_busy = {}, False
 
     def _cost_so_far(self, number: int) -> Cost:
         return self._progress[number].cost if number in self._progress else Cost()
@@ -281,11 +280,12 @@ class Minimizer:
         fixed = fixed_weights(start or model.state_dict(), averaged_names(model))
         fixed = {name: tensor.detach().to("cpu", copy=not start) for name, tensor in fixed.items()}
         num_before = moved_bytes()
-        newest, optimizer_state = self._run.newest_checkpoint(piece.folder), None
+        attempt, state = self._run.newest_checkpoint(piece.folder) or (None, None)
         if self._shard.num > 1:
             self._meet(piece, model, num_fetched_bytes=moved_bytes() - num_before)
         if self._syncs_batch_norm(device):  # not before: the CPU, on which they try the network, cannot
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        optimizer_state = None
         if piece.optimizer:
             directory, path = piece.optimizer
             optimizer_state, _ = self._optimizers.pop((directory.uri, path), (None, 0))
@@ -293,17 +293,17 @@ class Minimizer:
                 optimizer_state = directory.read_checkpoint(path)["optimizer"]
         recipe = config.stage(piece.stage, epochs=piece.epochs)
         every_steps = max(1, round(config.actors.checkpoint_epochs * num_steps_per_epoch(len(examples), recipe)))
-        state = newest[1] if newest and not starts_over(recipe, newest[1]) else None
+        newest_path = None if attempt is None else checkpoint_path(piece.folder, attempt)
+        stale = [path for path in self._checkpoints(piece) if path != newest_path] if newest_path else []
+        if state and starts_over(recipe, state):
+            state = None
         if state and fixed:
             state = _with_weights(state, lambda weights: fixed | weights)
         if state and isinstance(own_states := state.get("own"), list):  # one for each worker
             state["own"] = own_states[self._shard.rank] if self._shard.rank < len(own_states) else {}
         last_step = state["position"][1] if state else 0
-        now = time.perf_counter()
-        steps = every_steps, last_step
-        newest_path = checkpoint_path(piece.folder, newest[0]) if newest else None
-        stale = [path for path in self._checkpoints(piece) if path != newest_path] if newest else []
-        job = _Job(piece, start, fixed, work, model, examples, recipe, state, optimizer_state, *steps, now, now, stale)
+        counts = every_steps, last_step
+        job = _Job(piece, start, fixed, work, model, examples, recipe, state, optimizer_state, stale, *counts)
         job.watch = self._watch(job)
         return job
 
@@ -466,20 +466,12 @@ class Minimizer:
         full_set, device = self.load_full_set(), job.examples.device
         if piece.by_train:
             assert job.watch is not None
-            shard, syncs = self._shard, self._syncs_batch_norm(device)
-            record, measured = leave_trained(
-                job.model,
-                full_set,
-                piece,
-                job.watch,
-                result.outcome,
-                device,
-                fixed=job.fixed,
-                shard=shard,
-                syncs_batch_norm=syncs,
-            )
+            is_refreshed = self._shard.num > 1 and not self._syncs_batch_norm(device)
+            record, measured = leave_trained(job.model, full_set, piece, device, fixed=job.fixed, refresh=is_refreshed)
+            record |= {"history": job.watch.looks, "num_workers": self._shard.num}
         else:
-            record, measured = self._leave_minimum(job, full_set, result.outcome)
+            record, measured = self._leave_minimum(job, full_set)
+        record |= {"outcome": result.outcome, "peak_bytes": peak_bytes(device)}
         left_s = self._shard.num * (time.perf_counter() - began)  # the seconds of measuring are among them
         cost += shared + replace(measured, device_s=left_s)
         rounds = self._config.rounds
@@ -496,7 +488,6 @@ class Minimizer:
                 "history": job.watch.history(history) if job.watch else history,
                 "round": piece.round,
                 "attempt": job.work.attempt,
-                "peak_bytes": peak_bytes(device),
             }
         num_lone = measured.num_forward if self._shard.num > 1 else 0
         # Before the record: without that, all of this work is done again
@@ -518,7 +509,7 @@ class Minimizer:
                 del self._optimizers[next(iter(self._optimizers))]
             self._optimizers[self._run.uri, path] = state, num_bytes
 
-    def _leave_minimum(self, job: _Job, full_set: FullSet, outcome: str) -> tuple[dict[str, Any], Cost]:
+    def _leave_minimum(self, job: _Job, full_set: FullSet) -> tuple[dict[str, Any], Cost]:
         """Write the minimum's weights, and what it is measured at; the record that names them is the caller's.
 
         Returns:
@@ -550,7 +541,6 @@ class Minimizer:
             "subset_id": piece.subset_id,
             "num_examples": len(subset_examples),
             "start_id": piece.start_id,
-            "outcome": outcome,
             "training": training,
             "validation": validation,
             "statistics": list(piece.statistics),

@@ -14,10 +14,8 @@ from raysubset.training import (
     Distillation,
     Metrics,
     Shard,
-    ValidationWatch,
     Weights,
     evaluate,
-    peak_bytes,
     place,
     recompute_batch_norm,
     try_training,
@@ -77,21 +75,15 @@ def evaluate_together(
 
 
 def leave_trained(
-    model: nn.Module,
-    full_set: FullSet,
-    piece: Piece,
-    watch: ValidationWatch,
-    outcome: str,
-    device: torch.device,
-    *,
-    fixed: Weights,
-    shard: Shard,
-    syncs_batch_norm: bool,
+    model: nn.Module, full_set: FullSet, piece: Piece, device: torch.device, *, fixed: Weights, refresh: bool
 ) -> tuple[dict[str, Any], Cost]:
     """Measure the trained model on all validation examples, and write its weights.
 
-    A piece that measures training data is measured on the calibration sample too. Batch-norm statistics of several
-    workers are the first one's, of its shards alone: they are recomputed first.
+    A piece that measures training data is measured on the calibration sample too.
+
+    Args:
+        fixed: fixed_weights() of its start.
+        refresh: recompute batch-norm statistics first, which are of the first worker's shards alone.
 
     Returns:
         The record, which the caller writes after its ledger entry, and the cost of measuring.
@@ -99,21 +91,15 @@ def leave_trained(
     recipe, path = piece.config.minimize, piece.output.weights_path
     calibration = calibration_examples(piece.config, full_set, device)
     validation = full_set.examples("validation", device=device)
-    num_measured = num_refreshed = 0
-    training = None
-    if shard.num > 1 and not syncs_batch_norm:
-        num_refreshed = recompute_batch_norm(model, calibration, recipe)
+    num_refreshed = recompute_batch_norm(model, calibration, recipe) if refresh else 0
+    training, num_measured = None, 0
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     if "training" in piece.measures:
         training, num_measured = evaluate(model, calibration, recipe).to_dict(), len(calibration)
     record = {
         "training": training,
         "validation": evaluate(model, validation, recipe).to_dict(),
-        "history": watch.looks,
-        "outcome": outcome,
-        "num_workers": shard.num,
         "recomputed_batch_norm": num_refreshed > 0,
-        "peak_bytes": peak_bytes(device),
         "files": piece.directory.write_apart(path, weights, unchanged_names(weights, fixed)),
     }
     return record, Cost(num_forward=num_measured + len(validation) + num_refreshed)
