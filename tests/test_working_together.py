@@ -135,11 +135,11 @@ def test_a_network_of_the_users_is_tried_before_its_batch_norm_is_one_of_all_wor
     piece = Piece(config, RunDirectory(str(tmp_path), "run"), "trunk", by_train=True, num_workers=2)
     full_set = load_full_set(config.data)
     minimizer = Minimizer(lambda: full_set, num_gpus=0, node="there", shard=Shard(0, 2))
-    minimizer._begin([piece])
     work = Work("trunk", 0, None, 0, "there", "cpu", started_at=0.0)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        job = minimizer._prepare(piece, None, work, torch.device("cpu"), 0)
+        with minimizer._at_work([piece]) as device:
+            job = minimizer._prepare(piece, None, work, device, 0)
     finally:
         torch.distributed.destroy_process_group()
     assert any(isinstance(module, nn.SyncBatchNorm) for module in job.model.modules())
