@@ -1,11 +1,17 @@
 """A run with a tracker: the listener is there from the first minimum to the report."""
 
+import math
 from pathlib import Path
 
 import pytest
 
 from raysubset import Config, run
+from raysubset.events import MinimumDone
+from raysubset.legs import FRESH, Drawing
+from raysubset.quality import ACCURACY
 from raysubset.run_directory import RunDirectory
+from raysubset.tracking.records import Curves
+from tests import test_report
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -32,3 +38,16 @@ def test_mlflow_has_the_minima_the_aggregate_and_the_report_of_a_run(
     assert numbers["aggregate/validation_loss"] == aggregation["validation"]["loss"]
     assert numbers["result/test_accuracy"] == report.test.accuracy
     assert numbers["cost/passes"] == report.passes
+
+
+def test_rounds_of_growing_length_follow_one_another() -> None:
+    """By rounds of equal length the last ones of few epochs and of many would lie on one another."""
+    config = Config().with_overrides({"minimize.epochs": 4.0, "rounds.num": 4, "rounds.lengths": "quadratic"})
+    drawing, curves, steps, lengths = Drawing(config, None, [25]), Curves(config, ACCURACY), list[int](), list[int]()
+    for round in range(4):
+        lengths.append(math.ceil(drawing.members(round, FRESH, ())[0].epochs))
+        history = test_report.history(lengths[-1])
+        record = test_report.minimum(3, round=round, history=history, validation=None)
+        steps += [point.step for point in curves.points(MinimumDone("", "subsets", record))]
+    assert steps == list(range(1, sum(lengths) + 1))
+    assert lengths[-1] > 2 * lengths[0]

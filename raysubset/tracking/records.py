@@ -3,11 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 from raysubset.config import Config
 from raysubset.events import AggregateDone, EpochDone, Event, MinimumDone, Progress
 from raysubset.quality import Quality, quality_of
+from raysubset.work import round_spans
 
 Record = Mapping[str, Any]
 Outcome = Literal["finished", "failed", "stopped"]
@@ -48,7 +50,9 @@ class Curves:
     """Turns a run's events into points. Progress comes every second, and becomes one point per epoch."""
 
     def __init__(self, config: Config, quality: Quality) -> None:
-        self._epochs_a_round, self._quality = math.ceil(config.minimize.epochs), quality
+        num, self._quality = config.rounds.num, quality
+        epochs = (config.minimize.epochs * num * (end - begin) for begin, end in round_spans(config, num))
+        self._earlier_steps = [0, *accumulate(math.ceil(round(each, 6)) for each in epochs)]  # by round
         self._last_steps: dict[str, int] = {}  # of progress, by series
 
     def points(self, event: Event) -> Iterator[Point]:
@@ -77,7 +81,7 @@ class Curves:
                     yield _point("aggregate", step, barrier=record["barrier"])
 
     def _step(self, stage: str, round: int, epoch: int) -> int:
-        return epoch + (round * self._epochs_a_round if stage in ("subsets", "subsamples") else 0)
+        return epoch + (self._earlier_steps[round] if stage in ("subsets", "subsamples") else 0)
 
     def _validated(self, series: str, step: int, metrics: Record | None) -> Iterator[Point]:
         if metrics is not None:
