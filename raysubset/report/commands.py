@@ -2,11 +2,11 @@
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from raysubset.config import OF_SUBSET_PRETRAINING, Config, MinimizeConfig, flatten, of_now
+from raysubset.config import OF_SUBSET_PRETRAINING, Config, flatten, of_now
 from raysubset.costs import Cost, averaging_forward, epochs_of_cost
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report.figures import Record
@@ -45,12 +45,23 @@ def exactly(value: Any) -> str:
     return f"{value:g}" if short else str(value)
 
 
+def above_command(verb: str, seeds: Sequence[int]) -> str:
+    """Return the line above a command with --seeds, which names only seeds that follow one another."""
+    ordered = sorted(seeds)
+    if ordered == list(range(ordered[0], ordered[0] + len(ordered))):
+        return "The command:"
+    return f"The command, but for seeds that it cannot name; in Python: {verb}(…, seeds={ordered})."
+
+
 def conventional_beside(record: Record, passes: float, suffix: str) -> str:
     """Return the command of a conventional run by one worker that costs so many passes, with its evaluation."""
     data, config, model = record["data"], record["config"], record["model"]
     baseline = _without(config, *_NOT_OF_BASELINE) | {"method": "conventional"}
     num_train, has_batch_norm = data["num_train"], model.get("has_batch_norm", False)  # not of earlier versions
-    recipe = _recipe(baseline)
+    try:
+        recipe = Config().with_overrides(baseline).stage("conventional")
+    except ValueError:  # this version cannot read the settings
+        recipe = None
 
     def evaluated(epochs: float) -> float:
         num_forward = num_train + data["num_validation"] + data["num_test"]
@@ -65,14 +76,6 @@ def conventional_beside(record: Record, passes: float, suffix: str) -> str:
         "conventional.num_workers": 1,
     }
     return command(baseline | changes)
-
-
-def _recipe(config: Mapping[str, Any]) -> MinimizeConfig | None:
-    """Return the recipe of a conventional run with these settings; None if this version cannot read them."""
-    try:
-        return Config().with_overrides(config).stage("conventional")
-    except ValueError:
-        return None
 
 
 def subset_pretraining_beside(record: Record) -> str:

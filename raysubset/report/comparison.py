@@ -9,7 +9,7 @@ from operator import itemgetter
 from raysubset.costs import bytes_in_words
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
-from raysubset.report.commands import command, exactly
+from raysubset.report.commands import above_command, command, exactly
 from raysubset.report.curves import arm_stages, needed_legs, training_plot
 from raysubset.report.drawing import COLOURS, GREY, Chart, Plot
 from raysubset.report.figures import Record, finite, formatted, loss_name
@@ -126,11 +126,7 @@ def _basis(record: Record) -> Iterator[Line]:
         yield Note(f"{text}: {'; '.join(dear)}. {more}", is_warning=True)
     if len(record["seeds"]) < _FEWEST_SEEDS:
         yield f"{len(record['seeds'])} seeds give no useful interval: it is shown from {_FEWEST_SEEDS} seeds on."
-    seeds = sorted(record["seeds"])
-    if seeds == list(range(seeds[0], seeds[0] + len(seeds))):
-        yield "The command:"
-    else:
-        yield f"The command, but for seeds that it cannot name; in Python: compare(…, seeds={seeds})."
+    yield above_command("compare", record["seeds"])
     yield Command(_command(record))
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from raysubset.report.beside import find_beside
+from raysubset.report.commands import above_command
 from raysubset.report.comparison import comparison_parts, training_of_arms, verdicts
 from raysubset.report.figures import Record
 from raysubset.report.line import line_between_minima
@@ -133,8 +134,8 @@ def _sweep_page(directory: RunDirectory, record: Record) -> Page:
     table, *others, verdict = sweep_sections(record)
     varied = (f"{key}: {', '.join(map(str, values))}" for key, values in record["space"].items())
     settings = dataclasses.replace(table, title="Settings")
-    again = Section("Recipe", lines=("The command:", sweep_command(record, directory.read_config())))
-    parts = (settings, *others, *_trials(directory, record), again)
+    again = (above_command("sweep", record["seeds"]), sweep_command(record, directory.read_config()))
+    parts = (settings, *others, *_trials(directory, record), Section("Recipe", lines=again))
     facts = (("varied", "; ".join(varied)), *_facts(directory, record))
     return Page(table.title, verdict.lines, parts, facts=facts)
 
