@@ -74,12 +74,8 @@ def _answer(arguments: Sequence[str]) -> int:
 
 
 def run_job(arguments: Sequence[str], *, default: Config, description: str | None = None) -> int:
-    """Do a job file's work: parse the flags, run, print the report; return the exit code.
-
-    Args:
-        arguments: the flags of `raysubset run`, which change single fields of the default.
-        default: the job's config.
-        description: the first lines of the job's --help.
+    """Do a job file's work: parse the flags of `raysubset run`, which change single fields of the job's default config,
+    run, and print the report. Return the exit code. `description` is the first lines of the job's --help.
     """
     return _job(flags.Run, arguments, default, description)
 
@@ -87,14 +83,12 @@ def run_job(arguments: Sequence[str], *, default: Config, description: str | Non
 def run_sweep_job(
     arguments: Sequence[str], *, default: Config, sizes: Sequence[int], seeds: int, description: str | None = None
 ) -> int:
-    """Do the work of a sweep's job file: parse the flags, sweep, print the report; return the exit code.
+    """Do the work of a sweep's job file, as run_job() does that of a run.
 
     Args:
         arguments: the flags of `raysubset sweep`, which change single fields of the default, the sizes and the seeds.
-        default: the config that all trials share.
         sizes: examples per subset.
         seeds: runs of each size.
-        description: the first lines of the job's --help.
     """
     return _job(flags.Sweep, arguments, default, description, sizes=tuple(sizes), seeds=seeds)
 
@@ -102,12 +96,10 @@ def run_sweep_job(
 def run_comparison_job(
     arguments: Sequence[str], *, default: Config, description: str | None = None, **options: Any
 ) -> int:
-    """Do the work of a comparison's job file: parse the flags, compare, print the report; return the exit code.
+    """Do the work of a comparison's job file, as run_job() does that of a run.
 
     Args:
         arguments: the flags of `raysubset compare`.
-        default: data, model, subsets and recipe.
-        description: the first lines of the job's --help.
         options: defaults for compare(): seeds, budgets, arms, learning_rates, batch_sizes, margin, num_workers,
             bandwidth.
     """
@@ -198,7 +190,7 @@ def _sweep(command: flags.Sweep) -> int:
 
 
 def _compare(command: flags.Compare) -> int:
-    options: dict[str, Any] = {"seeds": 5} | (QUICK if command.quick else {})
+    options = dict(QUICK) if command.quick else {}
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers", "bandwidth"):
         if (value := getattr(command, name)) not in (None, ()):
             options[name] = value
@@ -410,6 +402,7 @@ def _settings(command: flags.Settings) -> None:
         raise ValueError(f"--to {command.to}: the file is YAML: give it a name that ends in .yaml")
     if path.exists():
         raise ValueError(f"--to {command.to} exists already: choose another name")
+    _refuse_no_folder(command.to)
     path.write_text(text, encoding="utf-8")
 
 
