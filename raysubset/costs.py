@@ -6,7 +6,7 @@ taken_bytes()         # what this thread has moved since the last call: the byte
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass
 from operator import add
 from typing import Any
@@ -73,6 +73,23 @@ class Cost:
 def taught_passes(passes: float, num_teachers: int, forward_share: float) -> float:
     """Return the passes of distillation's teachers while a network trains for `passes`: each passes all forward."""
     return passes * Cost(num_forward=num_teachers).passes(1, forward_share)
+
+
+def works_of(stages: Mapping[str, Any]) -> Iterator[tuple[Any, int, int | None, Any]]:
+    """Yield (stage, round, subset, record) of each training and aggregation in a report's stages, in their order.
+
+    The record of an aggregation has no history.
+    """
+    for stage in ("conventional", "trunk"):
+        if stages.get(stage):
+            yield stage, 0, None, stages[stage]
+    for round in stages.get("rounds") or ():
+        for stage, minima in (("subsets", round["minima"]), ("subsamples", round.get("subsamples") or ())):
+            for minimum in minima:
+                yield stage, round["round"], minimum["subset_id"], minimum
+        yield "aggregation", round["round"], None, round["aggregation"]
+    if stages.get("fine_tuning"):
+        yield "fine_tuning", 0, None, stages["fine_tuning"]
 
 
 BATCH_NORM_EXAMPLES = 2048  # at most, of those minimized on, for the running statistics of averaged weights

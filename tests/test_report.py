@@ -17,7 +17,7 @@ from raysubset.events import Note
 from raysubset.quality import ACCURACY, Quality
 from raysubset.report import Command, Section, read_report, sections, write_files
 from raysubset.report.commands import command, comparison_beside, conventional_beside
-from raysubset.report.figures import difference, loss_name, mean_metrics, standard_error
+from raysubset.report.figures import change_in_words, loss_name, mean_metrics, standard_error
 from raysubset.run_directory import (
     REPORT_PATH,
     RunDirectory,
@@ -364,11 +364,10 @@ def test_lost_attempts_and_resuming_are_told():
 
 def test_a_difference_is_noise_below_two_errors():
     # 33 and 30 of 50: 6 points, with errors of 6.70 and 6.93 points
-    small = difference(metrics(1.0, 33, 50), metrics(1.0, 30, 50), ACCURACY)
-    assert small.value == pytest.approx(0.06)
-    assert small.error == pytest.approx(math.hypot(math.sqrt(0.66 * 0.34 / 50), math.sqrt(0.6 * 0.4 / 50)))
-    assert small.is_noise
-    assert not difference(metrics(1.0, 45, 50), metrics(1.0, 30, 50), ACCURACY).is_noise
+    error = 100 * math.hypot(math.sqrt(0.66 * 0.34 / 50), math.sqrt(0.6 * 0.4 / 50))
+    words = [change_in_words(metrics(1.0, n, 50), metrics(1.0, 30, 50), ACCURACY, "good", "bad") for n in (33, 45, 15)]
+    assert words[0] == f"accuracy +6.00 points ± {error:.2f} (within the noise)"
+    assert [text[-6:] for text in words[1:]] == ["(good)", " (bad)"]
 
 
 def test_noise_is_called_noise_and_harm_harm():

@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from raysubset.data import FullSet
 from raysubset.quality import quality_of
-from raysubset.run_directory.ledger import (
-    LOST,
-    Stage,
-    Work,
-    by_stage,
-    critical_path,
-    total_cost,
-)
+from raysubset.run_directory.ledger import LOST, Work, by_stage, critical_path, total_cost
 from raysubset.training import Metrics
 
 if TYPE_CHECKING:
@@ -123,20 +116,6 @@ def task_record(full_set: FullSet) -> dict[str, Any]:
     task = full_set.task
     record = {"name": task.name, "loss": task.loss_name, "quality": full_set.quality.to_dict()}
     return record | ({"compares_examples": True} if task.compares_examples else {})
-
-
-def done_work(stages: Mapping[str, Any]) -> Iterator[tuple[Stage, int, int | None]]:
-    """Yield the stage, round and subset of each piece of work in a report's stages."""
-    full_set_stages: tuple[Stage, ...] = ("trunk", "fine_tuning", "conventional")
-    for stage in full_set_stages:
-        if stages.get(stage):
-            yield stage, 0, None
-    for record in stages.get("rounds") or ():
-        yield "aggregation", record["round"], None
-        minima: dict[Stage, Any] = {"subsets": record["minima"], "subsamples": record.get("subsamples") or ()}
-        for stage, records in minima.items():
-            for minimum in records:
-                yield stage, record["round"], minimum["subset_id"]
 
 
 def cost_record(

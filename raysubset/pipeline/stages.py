@@ -18,6 +18,7 @@ import torch
 from raysubset import uris
 from raysubset.cluster import get_shared, num_slots, own_address, put_once
 from raysubset.config import Config
+from raysubset.costs import works_of
 from raysubset.data import refuse_changed_files
 from raysubset.errors import counted
 from raysubset.events import EpochDone, Event, Note, OnEvent, Planned, Progress, Waiting, stage_event
@@ -28,13 +29,7 @@ from raysubset.objects_in_hand import accepts_objects
 from raysubset.pipeline.decisions import Decisions, refuse_what_has_no_place
 from raysubset.pipeline.node_speeds import fastest_nodes, in_words, speed_of_node
 from raysubset.pipeline.rounds import Rounds
-from raysubset.pipeline.run_report import (
-    RunReport,
-    cost_record,
-    data_record,
-    done_work,
-    task_record,
-)
+from raysubset.pipeline.run_report import RunReport, cost_record, data_record, task_record
 from raysubset.pipeline.session import Command
 from raysubset.planning import Plan, actor_bytes, make_plan, planned_steps
 from raysubset.planning.idle_settings import idle_settings
@@ -288,7 +283,7 @@ class _Stages:
                 len(full_set.train),
                 plan.forward_share,
                 overlap=config.rounds.overlaps,
-                lacking=self._run.ledger.lacking(done_work(stages)),
+                lacking=self._run.ledger.lacking((stage, round, n) for stage, round, n, _ in works_of(stages)),
             ),
             **self._traces(),
             "files": files | test_files,

@@ -9,7 +9,7 @@ from typing import Any
 
 from raysubset.config import of_now
 from raysubset.quality import quality_of
-from raysubset.report.figures import Record, difference, with_error
+from raysubset.report.figures import Record, change_in_words, with_error
 from raysubset.run_directory import COMPARISON_PATH, REPORT_PATH, RunDirectory, at_once
 
 _MOST_DIRECTORIES = 100  # the newest ones: reading each is a request to a bucket
@@ -78,7 +78,7 @@ def held_against(record: Record, beside: Beside) -> Iterator[str]:
     """Yield a sentence that compares the run with each of the run and the comparison beside it, if there."""
     quality, cost = quality_of(record), record["cost"]
     if (other := beside.run) is not None:
-        change_text = difference(record["test"], other["test"], quality).in_words(quality, "better", "worse")
+        change_text = change_in_words(record["test"], other["test"], quality, "better", "worse")
         total, critical = (cost[key] / other["cost"][key] for key in ("passes", "critical_path_passes"))
         yield (
             f"Against the {other['method'].replace('_', ' ')} run {other['name']} "

@@ -7,8 +7,9 @@ from itertools import zip_longest
 from statistics import fmean
 from typing import Any
 
+from raysubset.costs import works_of
 from raysubset.report.drawing import COLOURS, Chart, Plot
-from raysubset.report.figures import Record, finite, passes_by_epoch, works_of
+from raysubset.report.figures import Record, finite, passes_by_epoch
 
 VALIDATION = COLOURS[1]  # colour of losses on validation data, in every plot
 STAGE_COLOURS = {
@@ -45,7 +46,7 @@ def run_stages(records: Sequence[Record], measure: Measure = _loss) -> list[Stag
     Args:
         measure: what is taken of validation metrics.
     """
-    return _over_seeds([_placed(works_of(record), record["data"]["num_train"], measure) for record in records])
+    return _over_seeds([_placed(works_of(r["stages"]), r["data"]["num_train"], measure) for r in records])
 
 
 def arm_stages(

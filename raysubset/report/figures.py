@@ -1,12 +1,11 @@
 """Compute figures from a run's record: training passes, standard errors, differences and their noise."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from raysubset.costs import taught_passes
+from raysubset.costs import taught_passes, works_of
 from raysubset.quality import Quality
 
 Record = Mapping[str, Any]
@@ -51,38 +50,26 @@ def with_error(metrics: Record, quality: Quality, show: Callable[[float | None],
     return show(metrics[quality.name]) + ("" if error is None else quality.error(error))
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The difference of two measurements of a quality on the same examples."""
+def change_in_words(new: Record, old: Record, quality: Quality, better: str, worse: str) -> str:
+    """Return new against old quality: 'accuracy +2.40 points ± 0.80 (it helped)'; `better` and `worse` need an error.
 
-    value: float
-    error: float | None  # standard error; None: not known
-
-    @property
-    def is_noise(self) -> bool:
-        return self.error is not None and abs(self.value) < NOISE_ERRORS * self.error
-
-    def in_words(self, quality: Quality, better: str, worse: str) -> str:
-        """Return 'accuracy +2.40 points ± 0.80 (it helped)', or another verdict: `better` and `worse` need an error."""
-        shown, error = quality.change(self.value), "" if self.error is None else quality.error(self.error)
-        verdict = better if quality.gain(self.value) > 0 else worse
-        if self.error is None:
-            verdict = "better" if quality.gain(self.value) > 0 else "worse"
-        if not math.isfinite(self.value):
-            verdict = "not finite"
-        elif self.is_noise:
-            verdict = "within the noise"
-        elif shown in (quality.change(0.0), quality.change(-0.0)):
-            verdict = "no difference"
-        return f"{shown}{error} ({verdict})"
-
-
-def difference(new: Record, old: Record, quality: Quality) -> Difference:
-    """Return new minus old quality. Its error assumes independent samples: on the same examples it may be smaller."""
+    The error assumes independent samples: on the same examples it may be smaller.
+    """
     errors = [error for metrics in (new, old) if (error := standard_error(metrics, quality)) is not None]
+    error = math.hypot(*errors) if len(errors) == 2 else None
     now, before = finite(new[quality.name]), finite(old[quality.name])
     value = 0.0 if math.isclose(now, before) else now - before  # not what rounding leaves
-    return Difference(value, math.hypot(*errors) if len(errors) == 2 else None)
+    shown = quality.change(value)
+    if not math.isfinite(value):
+        verdict = "not finite"
+    elif error is not None and abs(value) < NOISE_ERRORS * error:
+        verdict = "within the noise"
+    elif shown == quality.change(0.0):
+        verdict = "no difference"
+    else:
+        better, worse = ("better", "worse") if error is None else (better, worse)
+        verdict = better if quality.gain(value) > 0 else worse
+    return f"{shown}{'' if error is None else quality.error(error)} ({verdict})"
 
 
 def mean_metrics(parts: Sequence[Record], quality: Quality) -> Record:
@@ -115,28 +102,10 @@ def trained_passes(record: Record) -> float:
     if record["config"]["fine_tuning"].get("distillation") and (tuning := record["stages"].get("fine_tuning")):
         teachers, passes = record["stages"]["rounds"][-1]["minima"], sum(passes_by_epoch(tuning, num_train)[-1:])
         taught = taught_passes(passes, len(teachers), record["model"]["forward_share"])
-    return taught + sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in works_of(record))
+    return taught + sum(sum(passes_by_epoch(work, num_train)[-1:]) for *_, work in works_of(record["stages"]))
 
 
 def passes_by_epoch(work: Record, num_train: int) -> list[float]:
     """Return the passes over the full set that a training had done at the end of each of its epochs."""
     share = work.get("num_examples", num_train) / num_train
     return [epoch["epoch"] * share for epoch in work.get("history", ())]
-
-
-def works_of(record: Record) -> Iterator[tuple[str, int, int | None, Record]]:
-    """Yield (stage, round, subset, record) of each training and aggregation, in the order of the method.
-
-    The record of an aggregation has no history.
-    """
-    stages = record["stages"]
-    for stage in ("conventional", "trunk"):
-        if stages.get(stage):
-            yield stage, 0, None, stages[stage]
-    for round in stages.get("rounds") or ():
-        for stage, minima in (("subsets", round["minima"]), ("subsamples", round.get("subsamples", ()))):
-            for minimum in minima:
-                yield stage, round["round"], minimum["subset_id"], minimum
-        yield "aggregation", round["round"], None, round["aggregation"]
-    if stages.get("fine_tuning"):
-        yield "fine_tuning", 0, None, stages["fine_tuning"]

@@ -10,8 +10,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from raysubset.costs import works_of
 from raysubset.quality import quality_of
-from raysubset.report.figures import Record, passes_by_epoch, works_of
+from raysubset.report.figures import Record, passes_by_epoch
 from raysubset.report.pages import write_page
 from raysubset.report.reading import read_report
 from raysubset.run_directory import RunDirectory
@@ -50,7 +51,7 @@ def write_files(path: str) -> str:
 def _rows(record: Record, quality: str) -> Iterator[dict[str, Any]]:
     """Yield a row for each epoch of each training."""
     num_train = record["data"]["num_train"]
-    for stage, round, subset, work in works_of(record):
+    for stage, round, subset, work in works_of(record["stages"]):
         trained = passes_by_epoch(work, num_train)
         for number, (epoch, passes) in enumerate(zip(work.get("history", ()), trained, strict=True), 1):
             # The minimum was measured at the end of the last epoch, unless an earlier one was restored

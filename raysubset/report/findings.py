@@ -11,8 +11,8 @@ from raysubset.report.commands import comparison_beside, conventional_beside, ma
 from raysubset.report.figures import (
     NOISE_ERRORS,
     Record,
+    change_in_words,
     compares_examples,
-    difference,
     finite,
     mean_metrics,
     standard_error,
@@ -87,7 +87,7 @@ def _of_aggregation(last: Record, quality: Quality) -> Iterator[str | Note]:
 
 def _compared(what: str, new: Record, old: Record, than: str, quality: Quality) -> str:
     """Compare the quality and loss of new with old in a sentence, on the same validation examples."""
-    change = difference(new, old, quality).in_words(quality, "it helped", "it did harm")
+    change = change_in_words(new, old, quality, "it helped", "it did harm")
     return f"{what}, against {than}: {change}, loss {finite(new['loss']) - finite(old['loss']):+.4f}."
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from raysubset.config import Config, MinimizeConfig, TrainingStage, flatten
-from raysubset.costs import bytes_in_words
+from raysubset.costs import bytes_in_words, works_of
 from raysubset.errors import listed, per_second
 from raysubset.events import Note
 from raysubset.quality import Quality, quality_of
@@ -26,7 +26,6 @@ from raysubset.report.figures import (
     standard_error,
     trained_passes,
     with_error,
-    works_of,
 )
 from raysubset.report.findings import findings, next_commands
 from raysubset.report.parts import Column, Command, Line, Section, drawn, table
@@ -376,7 +375,8 @@ def _costs(record: Record) -> Section:
         ("seconds on the critical path", f"{cost['critical_path_s']:.1f}", "if every subset had a device of its own"),
         ("bytes sent", bytes_in_words(cost["num_network_bytes"]), "files, gradients, start weights, the data set"),
     ]
-    peaks = [work["peak_bytes"] for *_, work in works_of(record) if "peak_bytes" in work]  # not of earlier versions
+    works = [work for *_, work in works_of(record["stages"])]
+    peaks = [work["peak_bytes"] for work in works if "peak_bytes" in work]  # not of earlier versions
     for place, of in (("host", "resident, with all that it read of the object store"), ("card", "allocated by torch")):
         if most := max((peak[place] for peak in peaks if place in peak), default=0):
             text = f"of the training process with the most; {of}"
