@@ -326,7 +326,8 @@ def test_all_reduces_of_a_trunk_and_of_fine_tuning_are_sent_beside_the_weights_o
         ]
 
     exchange = Exchange(4, start=40, shared=40, own=30, aggregate=80)
-    legs, plan = SimpleNamespace(works=works, exchange=lambda _: exchange), SimpleNamespace(num_parameters=300)
+    plan = SimpleNamespace(num_parameters=300)
+    legs = SimpleNamespace(works=works, exchange=lambda _: exchange, plan=plan)
     # two rounds of start, minimum and state, three more minima, the aggregate; 2 (N-1)/N gradients of 4 bytes a step
     sent = 2 * (40 + 40 + 30 + 3 * 40 + 80) + (5 + 2) * (2 * 1 / 2 * 300 * 4) + 4 * (2 * 2 / 3 * 300 * 4)
-    assert gathering._sent(last, legs, plan) == (sent, 2 + 5 + 2 + 4)  # pyright: ignore[reportArgumentType]
+    assert gathering.Legs.sent(legs, last) == (sent, 2 + 5 + 2 + 4)  # pyright: ignore[reportArgumentType]

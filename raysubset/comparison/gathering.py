@@ -56,7 +56,7 @@ def gather(
     at_once(legs.works, closure(*done, *comparison.tuning_legs))  # one by one they took minutes from slow storage
     data = data_record(full_set)
     step = 1 / data["num_test"] if quality.is_share else 0.0
-    arms = [_arm(arm, by_budget, settings[arm.key], legs, quality, step) for arm, by_budget in finals.items()]
+    arms = [_arm(arm, by_budget, settings[arm.key], legs, step) for arm, by_budget in finals.items()]
     baseline = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     finished = [point for point in baseline if not any(run["error"] for run in point["runs"])]
     budget = cheapest_within_error({point["budget"]: _validation_losses(point["runs"]) for point in finished})
@@ -101,7 +101,7 @@ def gather(
             num_seeds=len(seeds),
         )
     test, bandwidths = f"test_{quality.name}", sorted({*BANDWIDTHS, bandwidth})
-    network = _network(arms, finals, legs, plan, num_workers, test, bandwidths)
+    network = _network(arms, finals, legs, num_workers, bandwidths)
     ways = _wall_curves(arms, network["rows"], quality)
     rule = {"target": target, "s_per_pass": network["s_per_pass"], "seeds": seeds}
     regimes = {speed: regime_at(speed, ways, **rule) for speed in bandwidths}
@@ -177,17 +177,17 @@ class Legs:
     """Costs and results of legs. Each ledger is read once."""
 
     def __init__(self, full_set: FullSet, plan: Plan, failed: Mapping[Leg, str]) -> None:
-        self._full_set, self._num_train, self._plan, self.failed = full_set, len(full_set.train), plan, failed
+        self._full_set, self.plan, self.failed, self.quality = full_set, plan, failed, full_set.quality
+        self._sizes = len(full_set.train), plan.forward_share  # what passes are counted by
         self.works: Callable[[Leg], list[Work]] = cache(lambda leg: leg.works())
 
     def passes(self, leg: Leg) -> float:
         """Return the passes of one leg, with every attempt and evaluation."""
-        return total_cost(self.works(leg)).passes(self._num_train, self._plan.forward_share)
+        return total_cost(self.works(leg)).passes(*self._sizes)
 
     def critical_passes(self, leg: Leg) -> float:
         """Return likewise its passes on the critical path."""
-        sizes = self._num_train, self._plan.forward_share
-        return math.fsum(work.critical_passes(*sizes) for work in self.works(leg))
+        return math.fsum(work.critical_passes(*self._sizes) for work in self.works(leg))
 
     def reads(self, leg: Leg) -> float:
         """Return how often the leg reads a streamed training set from storage, without reading again after losses."""
@@ -203,7 +203,7 @@ class Legs:
 
     def exchange(self, leg: Leg) -> Exchange:
         """Return the bytes that an aggregation and its members write and fetch, as if each had its own process."""
-        start_leg, aggregate_sizes, start_bytes = leg.members[0].start.leg, _file_sizes(leg), self._plan.num_bytes
+        start_leg, aggregate_sizes, start_bytes = leg.members[0].start.leg, _file_sizes(leg), self.plan.num_bytes
         if start_leg:
             start_bytes = _file_sizes(start_leg)[start_leg.output.weights_path]
         shared_bytes, own_bytes, state_bytes, fetched_bytes = (defaultdict[int | None, int](int) for _ in range(4))
@@ -231,6 +231,25 @@ class Legs:
             is_first=leg.round == 0,
         )
 
+    def sent(self, leg: Leg) -> tuple[int, int]:
+        """Return (bytes on the critical path of a leg and all it needs, exchanges: rounds of members and all-reduces).
+
+        Checkpoints are left out for all arms: an epoch of data-parallel training leaves as large a one as a member.
+        """
+        num_bytes, num_exchanges, exchanges = 0, 0, list[Exchange]()
+        for each in closure(leg):
+            if each.kind == "aggregate":
+                exchanges.append(self.exchange(each))
+            # an elastic job has fewer workers for a while
+            for work in self.works(each) if each.kind == "train" else ():
+                if work.num_workers > 1:
+                    num, num_steps, size = work.num_workers, work.cost.num_steps, each.config.minimize.bytes_a_gradient
+                    num_bytes += num_steps * all_reduce_bytes(self.plan.num_parameters, num, each=size)
+                    num_exchanges += num_steps
+        if exchanges:
+            num_bytes += critical_bytes(exchanges, overlap=leg.config.rounds.overlaps)
+        return num_bytes, num_exchanges + len(exchanges)
+
     def run(self, leg: Leg, seed: int) -> Record:
         """Return an arm's run: the results of its last leg, and the costs of all its legs."""
         if (reason := self.failed.get(leg)) is not None:
@@ -242,7 +261,7 @@ class Legs:
             "seed": seed,
             "leg": leg.key,
             "error": None,
-            "passes": cost.passes(self._num_train, self._plan.forward_share),
+            "passes": cost.passes(*self._sizes),
             "critical_path_passes": critical_path(legs, self.critical_passes),
             "num_steps": cost.num_steps,
             "device_s": cost.device_s,
@@ -260,18 +279,11 @@ def _file_sizes(leg: Leg) -> dict[str, int]:
     return {path: size_of(seal) for path, seal in leg.output.files().items()}
 
 
-def _arm(
-    arm: Arm,
-    by_budget: Mapping[float, Mapping[int, Leg]],
-    settings: Settings,
-    legs: Legs,
-    quality: Quality,
-    step: float,
-) -> Record:
+def _arm(arm: Arm, by_budget: Mapping[float, Mapping[int, Leg]], settings: Settings, legs: Legs, step: float) -> Record:
     points, recipe = [], flat({arm: by_budget})[0].config.minimize
     for budget, by_seed in by_budget.items():
         runs = [legs.run(leg, seed) for seed, leg in by_seed.items()]
-        mean = _means([run for run in runs if run["error"] is None], quality, step)
+        mean = _means([run for run in runs if run["error"] is None], legs.quality, step)
         points.append({"budget": budget, "runs": runs, "mean": mean})
     return {
         "key": arm.key,
@@ -338,33 +350,8 @@ def _wall_curves(arms: Sequence[Record], rows: Sequence[Record], quality: Qualit
     return {arm["key"]: (way_of(arm["key"][0], arm["role"]), curves(arm["key"], arm["points"])) for arm in arms}
 
 
-def _sent(leg: Leg, legs: Legs, plan: Plan) -> tuple[int, int]:
-    """Return (bytes on the critical path of a leg and all it needs, exchanges: rounds of members and all-reduces).
-
-    Checkpoints are left out for all arms: an epoch of data-parallel training leaves as large a one as a member's does.
-    """
-    num_bytes, num_exchanges, exchanges = 0, 0, list[Exchange]()
-    for each in closure(leg):
-        if each.kind == "aggregate":
-            exchanges.append(legs.exchange(each))
-        for work in legs.works(each) if each.kind == "train" else ():  # an elastic job has fewer workers for a while
-            if work.num_workers > 1:
-                num, num_steps, size = work.num_workers, work.cost.num_steps, each.config.minimize.bytes_a_gradient
-                num_bytes += num_steps * all_reduce_bytes(plan.num_parameters, num, each=size)
-                num_exchanges += num_steps
-    if exchanges:
-        num_bytes += critical_bytes(exchanges, overlap=leg.config.rounds.overlaps)
-    return num_bytes, num_exchanges + len(exchanges)
-
-
 def _network(
-    arms: Sequence[Record],
-    finals: Finals,
-    legs: Legs,
-    plan: Plan,
-    num_workers: int,
-    test: str,
-    bandwidths: Sequence[float],
+    arms: Sequence[Record], finals: Finals, legs: Legs, num_workers: int, bandwidths: Sequence[float]
 ) -> Record:
     """Return the bytes on each arm's critical path, those of data-parallel training, and the wall times that follow.
 
@@ -373,13 +360,13 @@ def _network(
     points = [point for arm in arms if arm["role"] == "baseline" for point in arm["points"]]
     baseline = [run for point in points for run in point["runs"] if not run["error"]]
     s_per_pass = sum(run["device_s"] for run in baseline) / sum(run["passes"] for run in baseline)
-    rows = []
+    rows, test = [], f"test_{legs.quality.name}"
     for arm, by_budget in zip(arms, finals.values(), strict=True):
         for point, by_seed in zip(arm["points"], by_budget.values(), strict=True):
             if (mean := point["mean"]) is None:
                 continue
             leg = next(leg for leg in by_seed.values() if leg not in legs.failed)
-            num_bytes, num_exchanges = _sent(leg, legs, plan)
+            num_bytes, num_exchanges = legs.sent(leg)
             communication = Communication(mean["critical_path_passes"], num_bytes, num_exchanges)
             wall_s = communication.wall_times(s_per_pass=s_per_pass, bandwidths=bandwidths)
             row = {"arm": arm["key"], "budget": point["budget"], test: mean[test], "wall_s": wall_s}
@@ -387,6 +374,6 @@ def _network(
     return {
         "s_per_pass": s_per_pass,
         "bandwidths": list(bandwidths),
-        "data_parallel_bytes_a_step": all_reduce_bytes(plan.num_parameters, num_workers, each=4),
+        "data_parallel_bytes_a_step": all_reduce_bytes(legs.plan.num_parameters, num_workers, each=4),
         "rows": rows,
     }

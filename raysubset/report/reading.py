@@ -36,11 +36,11 @@ def read_report(path: str) -> dict[str, Any]:
             it is and how to resume it.
     """
     directory = RunDirectory.at(path)
-    config = directory.read_config() if directory.exists(CONFIG_PATH) else {}
+    config = directory.read_config() if directory.exists(CONFIG_PATH) else None
     for record_path in (SWEEP_PATH, COMPARISON_PATH, REPORT_PATH):
         if directory.exists(record_path):
             return directory.read_json(record_path) | {"uri": directory.uri}  # it may have been moved
-    if not directory.exists(CONFIG_PATH):
+    if config is None:
         if not directory.exists(""):
             raise ValueError(f"{directory.uri} is no run directory: nothing is there; give the path of one")
         text = f"{directory.uri} is no run directory: it has no {CONFIG_PATH}; give the path of one, as listed by"

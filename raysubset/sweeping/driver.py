@@ -164,10 +164,8 @@ def sweep(
 
 def _refuse_no_place(trials: Sequence[Trial], directory: RunDirectory | None) -> None:
     for trial in trials:
-        if directory is None:
-            refuse_what_has_no_place(trial.config, None)
-        elif not trial.directory.exists(REPORT_PATH):
-            refuse_what_has_no_place(trial.config, trial.directory)
+        if directory is None or not trial.directory.exists(REPORT_PATH):
+            refuse_what_has_no_place(trial.config, directory and trial.directory)
 
 
 def _different_losses(full_sets: Collection[FullSet]) -> str:

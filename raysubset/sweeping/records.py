@@ -161,7 +161,8 @@ def _of_failed_seeds(settings: Sequence[Record]) -> Iterator[str]:
     if not failed:
         return
     names = "; ".join(
-        f"{_named(setting)}, {setting['num_failed']} of {setting['num_failed'] + setting['num_seeds']}"
+        f"{setting['subset_size']:g} examples{_others(setting)}, {setting['num_failed']} of "
+        f"{setting['num_failed'] + setting['num_seeds']}"
         for setting in failed
     )
     if failed[0] in _eligible(settings):
@@ -170,19 +171,17 @@ def _of_failed_seeds(settings: Sequence[Record]) -> Iterator[str]:
         yield f"Settings of which seeds failed were set aside ({names})."
 
 
-def _named(setting: Record) -> str:
-    """Return a setting's size and other overrides."""
-    others = (f", {key} = {value}" for key, value in setting["overrides"].items() if key != "subsets.size")
-    return f"{setting['subset_size']:g} examples{''.join(others)}"
+def _others(setting: Record) -> str:
+    """Return a setting's overrides other than its size, each after a comma."""
+    return "".join(f", {key} = {value}" for key, value in setting["overrides"].items() if key != "subsets.size")
 
 
 def _described(setting: Record) -> str:
     loss, error = setting["validation_loss"]["mean"], setting["validation_loss"]["standard_error"]
     spread = "" if error is None else f" ± {error:.4f}"
-    others = "".join(f", {key} = {value}" for key, value in setting["overrides"].items() if key != "subsets.size")
     total, critical = (f"{setting[name]['mean']:.2f} passes" for name in ("passes", "critical_path_passes"))
     return (
-        f"{setting['subset_size']:g} examples (Q = {setting['overdetermination_ratio']:.3g}{others}) with validation "
-        f"loss {loss:.4f}{spread} over {counted(setting['num_seeds'], 'seed')}, for {total}, {critical} on the "
-        "critical path"
+        f"{setting['subset_size']:g} examples (Q = {setting['overdetermination_ratio']:.3g}{_others(setting)}) with "
+        f"validation loss {loss:.4f}{spread} over {counted(setting['num_seeds'], 'seed')}, for {total}, {critical} on "
+        "the critical path"
     )
