@@ -41,6 +41,7 @@ from raysubset.events import (
 )
 from raysubset.planning import make_plan, planned_steps
 from raysubset.work.reports import Report
+from tests.work_shown import AT_WORK, PLAN, an_attempt, done, progress
 
 
 class Clock:
@@ -49,27 +50,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def an_attempt(subset: int | None, stage: str = "subsets", round: int = 0, directory: str = "run") -> Attempt:
-    label = stage if subset is None else f"subset {subset}"
-    return Attempt(stage, round, subset, 0, "node", "10.0.0.7", 1 + (subset or 0), directory, label)
-
-
-def progress(subset: int | None, epoch: float, stage: str = "subsets", *, per_s: float = 100.0) -> Progress:
-    name = stage if subset is None else f"subset {subset}"
-    return Progress(f"{name}: epoch {epoch:.1f}", an_attempt(subset, stage), epoch, 8.0, None, per_s, running_loss=0.25)
-
-
-def done(subset: int) -> MinimumDone:
-    return MinimumDone(f"subset {subset}: loss 0.1", "subsets", {"subset_id": subset, "round": 0})
-
-
-PLAN = Planned(
-    "planned",
-    (Step("trunk", 0, 1.0, 1, 1, 1.0), Step("subsets", 0, 8.0, 4, 2, 8.0), Step("fine_tuning", 0, 2.0, 1, 2, 2.0)),
-    num_examples=1000,
-)
 
 
 # How far it is
@@ -250,9 +230,6 @@ def screen_of(told: list[Event], *, width: int, height: int = 24, each_s: float 
     return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
-AT_WORK = [PLAN, stage_event("subsets", "4 × 250 examples, 8 epochs each"), *(progress(n, 2.0 + n) for n in range(4))]
-
-
 def test_the_view_has_a_row_an_actor_and_a_bar_with_the_time_left():
     lines = screen_of(AT_WORK, width=80, each_s=0.5)
     assert lines[0].split() == ["at", "work", "epoch", "loss", "examples/s", "node"]
@@ -369,7 +346,7 @@ def test_nothing_that_has_no_number_yet_is_shown_as_nan():
 SCRIPT = """
 import sys, time
 from raysubset.cli.live import telling
-from tests.test_live import AT_WORK, done
+from tests.work_shown import AT_WORK, done
 with telling("raysubset starts") as tell:
     time.sleep(0.3)
     for event in AT_WORK:
