@@ -89,7 +89,7 @@ def pieces(num_pieces: int) -> None:
 
     from raysubset import Config
     from raysubset.data import load_full_set
-    from raysubset.models import new_model
+    from raysubset.models import build_model
     from raysubset.run_directory import RunDirectory, optimizer_path
     from raysubset.training import minimize, place, use_device
     from raysubset.work import AggregatePiece, Minimizer, Piece, cut_subsets, leave_aggregate
@@ -103,7 +103,7 @@ def pieces(num_pieces: int) -> None:
     config = Config().with_overrides(PIECES | {"rounds.num": 1000, "rounds.evaluate_every": 1000})
     full_set = load_full_set(*config.learned)
     device, recipe = use_device(num_gpus=0, num_threads=1), config.stage("subsets")
-    model = place(new_model(config.model, full_set), device, channels_last=True)
+    model = place(build_model(config.model, full_set.spec), device, channels_last=True)
     start = {key: value.clone() for key, value in model.state_dict().items()}
     doer = Minimizer(lambda: full_set, num_gpus=0, node="here")
 

@@ -42,14 +42,14 @@ import torch
 from torch import distributed, nn
 from raysubset import Config
 from raysubset.data import load_full_set
-from raysubset.models import new_model
+from raysubset.models import build_model
 from raysubset.planning import make_plan
 from raysubset.training import minimize
 from raysubset.training.uncompiled import data_parallel
 config = Config()
 full_set = load_full_set(config.data)
 make_plan(config, full_set)
-model, recipe = new_model(config.model, full_set), config.stage("subsets")
+model, recipe = build_model(config.model, full_set.spec), config.stage("subsets")
 minimize(model, full_set.examples("train"), recipe, seed=0, on_step=lambda progress: True)
 distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 data_parallel(nn.Linear(2, 1))(torch.zeros(1, 2)).sum().backward()  # as a worker of Ray Train does

@@ -14,7 +14,7 @@ from pyarrow import ipc
 
 from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig, TaskConfig
 from raysubset.data import FullSet, load_full_set
-from raysubset.models import architecture, new_model
+from raysubset.models import architecture, build_model
 from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import Regression
@@ -67,7 +67,7 @@ def assert_same(found: FullSet, expected: FullSet, model: str) -> None:
         assert ours.table.column("row").equals(theirs.table.column("row"))
     np.testing.assert_array_equal(found.strata, expected.strata)
     for full_set in (found, expected):
-        network = new_model(ModelConfig(name=model, width=2, depth=1), full_set, seed=1)
+        network = build_model(ModelConfig(name=model, width=2, depth=1), full_set.spec, seed=1)
         minimize(network, full_set.examples("train"), MinimizeConfig(epochs=1, batch_size=8), seed=2)
         ends.append(network.state_dict())
     assert all(torch.equal(values, ends[1][name]) for name, values in ends[0].items())
@@ -293,7 +293,7 @@ def test_classes_by_name_are_no_numbers(tmp_path: Path):
 def test_a_file_is_predicted_a_mask_and_each_classs_share_of_its_pixels(tmp_path: Path):
     full_set = of_file(tmp_path, masks(), "segmentation", ignored=2)
     config = ModelConfig(name="unet", width=2, depth=1)
-    network = new_model(config, full_set, seed=3)
+    network = build_model(config, full_set.spec, seed=3)
     record = ModelRecord(architecture(config, full_set.spec), full_set.task)
     save_model(RunDirectory.at(str(tmp_path / "run")), network.state_dict(), record)
     for number in range(2):

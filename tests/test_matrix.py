@@ -16,7 +16,7 @@ from torch import nn
 from raysubset.config import Config
 from raysubset.data import FullSet, load_full_set
 from raysubset.legs import FRESH, Start
-from raysubset.models import new_model
+from raysubset.models import build_model
 from raysubset.pipeline.rounds import Rounds
 from raysubset.planning import Plan, make_plan
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minima_folder, minimum_folder, weights_path
@@ -294,7 +294,7 @@ def run_of(config: Config, full_set: FullSet, plan: Plan, directory: RunDirector
 
 def fine_tuned(config: Config, full_set: FullSet, directory: RunDirectory, record: dict[str, Any]) -> nn.Module:
     """The aggregate after three epochs with the minima for teachers, as a Ray Train worker would do it."""
-    model, *teachers = (new_model(config.model, full_set) for _ in range(1 + len(record["minima"])))
+    model, *teachers = (build_model(config.model, full_set.spec) for _ in range(1 + len(record["minima"])))
     model.load_state_dict(directory.read_weights(aggregate_weights_path(0), record["files"]))
     for teacher, minimum in zip(teachers, record["minima"], strict=True):
         path = weights_path(minimum_folder(0, minimum["subset_id"]))

@@ -26,7 +26,7 @@ from raysubset.fine_tuning import streaming, trainer, worker
 from raysubset.fine_tuning.job import FineTuningFailed, Job
 from raysubset.fine_tuning.trainer import Attempts, WatchedTrainer, fit
 from raysubset.fine_tuning.worker import MistakeError, _may_pass
-from raysubset.models import new_model
+from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory, checkpoint_path
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subset_actors.pool import PLACE_ERRORS
@@ -178,7 +178,7 @@ def test_workers_that_are_started_again_after_the_minimum_was_written_leave_it_a
     monkeypatch.setattr(streaming, "own_address", lambda: "there")
     config = Config().with_overrides({"trunk.epochs": 0.2})
     full_set = load_full_set(config.data)
-    start, nothing = new_model(config.model, full_set, seed=1).state_dict(), cast(Any, None)
+    start, nothing = build_model(config.model, full_set.spec, seed=1).state_dict(), cast(Any, None)
     full_set_ref, start_ref = cast(Any, [full_set]), cast(Any, [start])
     job = Job(Piece(config, directory, "trunk", by_train=True, num_workers=1), full_set_ref, start_ref, 0.0, nothing)
     minimizer = streaming.minimizer_on(job.full_set_ref, num_gpus=0.0, shard=Shard())

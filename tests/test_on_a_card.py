@@ -19,7 +19,7 @@ from raysubset.config import (
     SkippingConfig,
 )
 from raysubset.data import Examples, load_full_set
-from raysubset.models import build_model, new_model
+from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import (
     CrossEntropy,
@@ -227,7 +227,7 @@ def test_a_rounds_work_has_the_same_results_on_a_card(method: str, tmp_path: Pat
         }
     )
     full_set = load_full_set(config.data)
-    start = new_model(config.model, full_set, seed=1).state_dict()
+    start = build_model(config.model, full_set.spec, seed=1).state_dict()
 
     def do(device: torch.device) -> Any:
         num_gpus, run = float(device == CARD), RunDirectory(str(tmp_path), device.type)

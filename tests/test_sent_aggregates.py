@@ -9,7 +9,7 @@ import torch
 
 from raysubset.config import Config, stages
 from raysubset.errors import CorruptFile
-from raysubset.models import new_model, trainable_names
+from raysubset.models import build_model, trainable_names
 from raysubset.run_directory import RunDirectory, aggregate_path, aggregate_weights_path, momentum_path
 from raysubset.run_directory.recent import RECENT
 from raysubset.subset_actors import Pack
@@ -49,7 +49,7 @@ def test_a_sent_aggregate_is_the_exact_one_to_half_a_step_and_is_measured_as_rea
     opened = rounds_of(config, tmp_path)[1]
     for leg in legs:
         list(InProcess(opened).run([Pack((leg.piece,))], None))
-    full_set, model = cached(*config.learned), new_model(config.model, cached(*config.learned))
+    full_set, model = cached(*config.learned), build_model(config.model, cached(*config.learned).spec)
     names, last = trainable_names(model), None
     for leg in (leg for leg in legs if leg.kind == "aggregate"):
         piece, weights = leg.piece, leg.output.weights()

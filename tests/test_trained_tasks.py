@@ -14,7 +14,7 @@ import torch
 
 from raysubset.config import Config, DataConfig, MinimizeConfig, ModelConfig, TaskConfig
 from raysubset.data import FullSet, load_full_set
-from raysubset.models import architecture, new_model
+from raysubset.models import architecture, build_model
 from raysubset.objects_in_hand import hold_objects
 from raysubset.run_directory import RunDirectory
 from raysubset.tasks import NextToken, RecordedTask, Regression, TableInputs
@@ -51,7 +51,7 @@ def numbers():
 def saved(full_set: FullSet, folder, name: str = "auto", **sizes: Any) -> torch.nn.Module:
     """A run directory in `folder` with a fresh network, which is returned in evaluation mode."""
     config = ModelConfig(name=name, **sizes)
-    network = new_model(config, full_set, seed=3)
+    network = build_model(config, full_set.spec, seed=3)
     record = ModelRecord(architecture(config, full_set.spec), full_set.task)
     save_model(RunDirectory.at(str(folder)), network.state_dict(), record)
     return network.eval()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from raysubset import Config
 from raysubset.aggregation import Aggregation, RunningMean
 from raysubset.data import FullSet, load_full_set
-from raysubset.models import copied, new_model, num_parameters
+from raysubset.models import build_model, copied, num_parameters
 from raysubset.planning import make_plan
 from raysubset.report import sections
 from raysubset.run_directory import (
@@ -62,7 +62,7 @@ def full_set() -> FullSet:
 
 @pytest.fixture(scope="module")
 def start(full_set: FullSet) -> Weights:
-    return new_model(CONFIG.model, full_set, seed=1).state_dict()
+    return build_model(CONFIG.model, full_set.spec, seed=1).state_dict()
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_a_second_piece_of_a_process_leaves_what_a_fresh_process_would(
 ) -> None:
     norm = {"model.norm": CONFIG.model.norm if "model.name" not in overrides else Config().model.norm}
     config = CONFIG.with_overrides(norm | overrides)
-    start = new_model(config.model, full_set, seed=1).state_dict()
+    start = build_model(config.model, full_set.spec, seed=1).state_dict()
     left, several = [], minimizer(full_set)
     for name, doer in (("fresh", None), ("kept", several)):
         run = RunDirectory(str(tmp_path), name)
@@ -223,7 +223,7 @@ def test_a_second_piece_of_a_process_leaves_what_a_fresh_process_would(
 
 def test_a_network_that_is_used_again_has_the_layout_of_a_new_one(full_set: FullSet, directory: RunDirectory) -> None:
     config = CONFIG.with_overrides({"model.name": "cnn", "minimize.optimizer": "lbfgs", "minimize.epochs": 2.0})
-    start, doer = new_model(config.model, full_set, seed=1).state_dict(), minimizer(full_set)
+    start, doer = build_model(config.model, full_set.spec, seed=1).state_dict(), minimizer(full_set)
     piece = Piece(config, directory, "subsets", subset_id=0, start_id="start")
     layouts = []
     for networks in (doer.networks, Networks()):
@@ -261,7 +261,7 @@ def test_a_network_with_hooks_that_a_copy_would_lose_is_built_anew(
     (tmp_path / f"{module}.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     config = CONFIG.with_overrides({"model.name": f"{module}:network", "model.norm": "batch"})
-    start, networks = new_model(config.model, full_set).state_dict(), Networks()
+    start, networks = build_model(config.model, full_set.spec).state_dict(), Networks()
     for _ in range(2):
         model = networks.placed(config, full_set, start, torch.device("cpu"))
         model(torch.ones(1, 1, 8, 8)).sum().backward()
@@ -283,7 +283,7 @@ def test_parameters_keep_the_attributes_by_which_a_users_optimizer_knows_them(fu
     monkeypatch.chdir(tmp_path)
     names = {"model.name": "marked_nets:marked", "minimize.optimizer": "marked_nets:make", "model.norm": "batch"}
     config = CONFIG.with_overrides(names)
-    start, networks = new_model(config.model, full_set).state_dict(), Networks()
+    start, networks = build_model(config.model, full_set.spec).state_dict(), Networks()
     for _ in range(2):
         model = copied(networks.placed(config, full_set, start, torch.device("cpu")))
         assert [group["lr"] for group in make_optimizer(model, config.minimize).param_groups] == [0.01, 0.1]
@@ -291,7 +291,7 @@ def test_parameters_keep_the_attributes_by_which_a_users_optimizer_knows_them(fu
 
 def one_round(config: Config, full_set: FullSet, directory: RunDirectory) -> tuple[Aggregation, float]:
     """Do all work of a run of one round without trunk and fine-tuning; its aggregate, and its passes."""
-    plan, start = make_plan(config, full_set), new_model(config.model, full_set, seed=1).state_dict()
+    plan, start = make_plan(config, full_set), build_model(config.model, full_set.spec, seed=1).state_dict()
     doer, options = minimizer(full_set), {"start_id": "start", "statistics": plan.statistics}
     members = tuple(Piece(config, directory, "subsets", subset_id=one.id, **options) for one in plan.subsets)
     for member in members:
@@ -386,7 +386,7 @@ def test_an_aggregate_and_a_test_are_left_with_their_entries(
         mean.add(stored_weights(directory, weights_path(one.folder)))
     round = AggregatePiece(CONFIG, directory, members, lists_minima=True)
     made, record = leave_aggregate(full_set, 0, round, start, node="there")
-    ratio = overdetermination_ratio(120, 10, num_parameters(new_model(CONFIG.model, full_set)))
+    ratio = overdetermination_ratio(120, 10, num_parameters(build_model(CONFIG.model, full_set.spec)))
     wanted = [directory.read_json(minimum_path(one.folder)) | {"overdetermination_ratio": ratio} for one in members]
     assert record["minima"] == wanted
     assert round.record() == directory.read_json(round.output.record_path)
@@ -394,7 +394,7 @@ def test_an_aggregate_and_a_test_are_left_with_their_entries(
     metrics, files = leave_test(full_set, 0, CONFIG, directory, made.aggregate.weights, node="there")
     test = TestPiece(CONFIG, round.output, "test")
     assert leave_metrics(full_set, 0, test) == test.record() == metrics.to_dict()
-    model = new_model(CONFIG.model, full_set)
+    model = build_model(CONFIG.model, full_set.spec)
     model.load_state_dict(made.aggregate.weights)
     assert metrics.sums == evaluate(model, full_set.examples("test"), CONFIG.minimize).sums
     assert all(directory.exists(path) for path in files)

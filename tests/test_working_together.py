@@ -9,7 +9,7 @@ from torch import nn
 
 from raysubset import Config
 from raysubset.data import load_full_set
-from raysubset.models import new_model
+from raysubset.models import build_model
 from raysubset.run_directory import RunDirectory, checkpoint_path
 from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.tasks import Spec
@@ -49,7 +49,7 @@ def minimize(piece: Piece, shard: Shard, attempt: int, *, dies: bool = False) ->
     with pytest.MonkeyPatch.context() as patch:
         if dies:
             patch.setattr(minimizer, "_listener", lambda piece: die)
-        start = new_model(CONFIG.model, full_set, seed=1).state_dict()
+        start = build_model(CONFIG.model, full_set.spec, seed=1).state_dict()
         return minimizer.minimize([piece], start, attempts=[attempt], waited_s=0.0)
 
 

@@ -205,7 +205,7 @@ class TrainingColumns:
 
     def __init__(self, groups: TableGroups, rows: Mapping[SplitName, np.ndarray], *, kept: Sequence[SplitName]) -> None:
         """Prepare to read. `rows` are each split's rows in the files; the raw values of `kept` splits are kept."""
-        self.column_names, self.num_rows = groups.schema.names, len(rows["train"])
+        self.column_names = groups.schema.names
         self._groups, self._rows, self._part = groups, rows, pa.table({})
         self._kept: dict[SplitName, list[pa.Table]] = {split: [] for split in kept}
 

@@ -3,7 +3,7 @@
 model = build_model(ModelConfig(), Spec(inputs=(1, 8, 8), outputs=(10,)), seed=0)
 """
 
-from raysubset.models.building import Described, architecture, build_model, new_model
+from raysubset.models.building import architecture, build_model
 from raysubset.models.properties import (
     averaged_names,
     copied,

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from raysubset.models.users import users_network
 from raysubset.tasks import Spec
 
 
-def build_model(config: ModelConfig, spec: Spec, *, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, spec: Spec, *, seed: int = 0) -> nn.Module:
     """Build a newly initialised network that maps [N, *spec.inputs] to float [N, *spec.outputs].
 
     The weights are drawn from torch's CPU generator, seeded with `seed` alone, so every node gets the same bits. The
@@ -38,18 +37,6 @@ def build_model(config: ModelConfig, spec: Spec, *, seed: int) -> nn.Module:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' generators as well
         model = users_network(config.name, spec) if config.is_function else _named_network(config, spec)
     return model.train()
-
-
-class Described(Protocol):
-    """Anything that has the Spec of a network: a FullSet, or the record of a trained model."""
-
-    @property
-    def spec(self) -> Spec: ...
-
-
-def new_model(config: ModelConfig, described: Described, *, seed: int = 0) -> nn.Module:
-    """Call build_model() with the Spec of a full set or record."""
-    return build_model(config, described.spec, seed=seed)
 
 
 def architecture(config: ModelConfig, spec: Spec) -> ModelConfig:

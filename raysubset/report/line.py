@@ -43,7 +43,7 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
     if config.rounds.overlaps:
         raise ValueError("with rounds.overlap minima are stored as displacements from different starts")
     from raysubset.data import load_full_set  # loads torch, which takes seconds: refusals and kept lines need none
-    from raysubset.models import averaged_names, new_model
+    from raysubset.models import averaged_names, build_model
     from raysubset.training import evaluate, recompute_batch_norm
     from raysubset.work.identity import identify
 
@@ -52,7 +52,7 @@ def line_between_minima(directory: RunDirectory, record: Record) -> list[dict[st
     identity = identify([config], {config.learned: full_set}, None)
     if changes := identity.changed(directory.read_identity() or identity):
         raise ValueError("; ".join(changes))
-    model = new_model(config.model, full_set)
+    model = build_model(config.model, full_set.spec)
     files = minima[0]["files"] | minima[1]["files"]
     first, second = (directory.read_weights(weights_path(folder), files) for folder in folders)
     held_out = full_set.examples("validation", _spread(len(full_set.validation)))

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from raysubset.models import new_model
+from raysubset.models import build_model
 from raysubset.subset_actors.packs import Pack, in_packs
 from raysubset.subset_actors.pool import ActorPool
 from raysubset.training import PAYS, why_not_packed
@@ -25,7 +25,7 @@ def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict
         SubsetFailed, ValueError, TimeoutError: as ActorPool.run().
     """
     per_actor, recipe = run.config.subsets.per_actor, run.config.stage("subsets")
-    model = new_model(run.config.model, run.full_set)
+    model = build_model(run.config.model, run.full_set.spec)
     first_pieces = pieces[: len(in_packs(pieces, per_actor)[0].pieces)]
     reason = "there is one subset" if len(first_pieces) == 1 else why_not_packed(model, recipe)
     if reason is not None:

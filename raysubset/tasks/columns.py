@@ -160,9 +160,6 @@ class Columns(Protocol):
     """A table, or a reader that reads a table column by column."""
 
     @property
-    def num_rows(self) -> int: ...
-
-    @property
     def column_names(self) -> list[str]: ...
 
     def column(self, name: str, /) -> pa.ChunkedArray: ...
@@ -182,7 +179,7 @@ def fit_columns(
     order. A column with only one value is left out.
 
     Args:
-        table: training rows only; each column is read once, in the order of the names.
+        table: training rows only, at least one; each column is read once, in the order of the names.
         names: the columns, in the order of their features.
         where: the name of the table in messages.
         rows: int64 [N], the row numbers that messages show.
@@ -190,8 +187,6 @@ def fit_columns(
     Raises:
         ValueError: for a column that is missing or cannot be a feature, with the way out.
     """
-    if not table.num_rows:
-        raise ValueError(f"{where} has no rows: give a table with examples")
     reader = _Reader(table, where, rows, missing)
     columns: list[InputColumn] = []
     for name in dict.fromkeys(names):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from raysubset.config import ModelConfig
 from raysubset.errors import first_line
 from raysubset.events import Note
-from raysubset.models import dtype_of, new_model, torch_as_new
+from raysubset.models import build_model, dtype_of, torch_as_new
 from raysubset.objects_in_hand import hold_objects_of
 from raysubset.run_directory import MODEL_PATH, MODEL_RECORD_PATH, SAMPLES_PATH, RunDirectory, Seal
 from raysubset.tasks import (
@@ -219,7 +219,7 @@ def save_model(
     """
     files, problem = {MODEL_PATH: directory.write_weights(MODEL_PATH, weights)}, None
     if record.model.is_function:
-        network = network or new_model(record.model, record)
+        network = network or build_model(record.model, record.spec)
         network.load_state_dict(weights)
         try:
             graph, constants = trace(network, record.spec)
@@ -237,7 +237,7 @@ def leave_samples(directory: RunDirectory, weights: Weights, record: ModelRecord
 
     The rows are those of the test split. Large networks continue them by fewer tokens. No ledger counts this.
     """
-    network, task = new_model(record.model, record), record.task
+    network, task = build_model(record.model, record.spec), record.task
     assert isinstance(task, NextToken)
     network.load_state_dict(weights)
     model = TrainedModel(network, record).eval()
@@ -309,7 +309,7 @@ def _network(directory: RunDirectory, record: ModelRecord, files: Mapping[str, S
     if not record.model.is_function:
         return _named_network(record, weights)
     if trust_code:
-        network = new_model(record.model, record)
+        network = build_model(record.model, record.spec)
         network.load_state_dict(weights)
         return network
     if not directory.exists(GRAPH_PATH):
@@ -343,9 +343,9 @@ def _named_network(record: ModelRecord, weights: Mapping[str, Tensor]) -> nn.Mod
         raise RuntimeError(f"depth = {record.model.depth}, and there are {len(weights)} tensors")
     try:
         with torch.device("meta"):
-            network = new_model(record.model, record)
+            network = build_model(record.model, record.spec)
     except NotImplementedError:  # torchvision's regnets, whose size follows from their name
-        network = new_model(record.model, record)
+        network = build_model(record.model, record.spec)
     except (ValueError, TypeError, OverflowError) as error:  # the last two for a width beyond 64 bits
         raise RuntimeError(first_line(error)) from error
     for name, tensor in network.state_dict().items():

@@ -15,7 +15,7 @@ from raysubset.aggregation import (
 )
 from raysubset.config import Config, derive_seed
 from raysubset.data import FullSet
-from raysubset.models import averaged_names, new_model, num_parameters
+from raysubset.models import averaged_names, build_model, num_parameters
 from raysubset.run_directory import mean_optimizer_path, momentum_path, optimizer_path
 from raysubset.run_directory.ledger import Ledger
 from raysubset.subsets import overdetermination_ratio
@@ -121,4 +121,4 @@ def _records(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
 def placed_model(full_set: FullSet, num_gpus: float, config: Config) -> tuple[torch.nn.Module, torch.device]:
     """Return the config's network on the device that this process was given, and the device."""
     device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
-    return place(new_model(config.model, full_set), device, channels_last=config.minimize.channels_last), device
+    return place(build_model(config.model, full_set.spec), device, channels_last=config.minimize.channels_last), device

@@ -17,7 +17,7 @@ from raysubset.data import FullSet
 from raysubset.errors import ChangedFile, first_line, listed
 from raysubset.events import Note
 from raysubset.fingerprints import Entry, changes, fingerprint, hasher
-from raysubset.models import architecture, new_model
+from raysubset.models import architecture, build_model
 from raysubset.run_directory import FROZEN_FOLDER, MODEL_PATH, MODEL_RECORD_PATH, RunDirectory
 from raysubset.run_directory.weights_files import frozen_of
 from raysubset.tasks import Task, task_from_dict
@@ -46,7 +46,7 @@ def seeded_model(config: Config, full_set: FullSet, start_id: str = "initial") -
 def random_model(config: Config, full_set: FullSet, start_id: str = "initial") -> nn.Module:
     """Return the config's network with seeded weights, whatever model.weights says."""
     path = ("start",) if start_id == "initial" else ("start", start_id)
-    return new_model(config.model, full_set, seed=derive_seed(config.seed, *path))
+    return build_model(config.model, full_set.spec, seed=derive_seed(config.seed, *path))
 
 
 def fixed_weights(start: Weights, averaged: Collection[str]) -> Weights:

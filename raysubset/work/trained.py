@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Examples, FullSet
-from raysubset.models import copied, new_model
+from raysubset.models import build_model, copied
 from raysubset.run_directory import left_out_path
 from raysubset.training import (
     Cost,
@@ -31,7 +31,7 @@ def distillation_of(piece: Piece, full_set: FullSet, device: torch.device) -> Di
         return None
     config, teachers = piece.config, []
     for teacher in piece.teachers:
-        model = new_model(config.model, full_set)
+        model = build_model(config.model, full_set.spec)
         model.load_state_dict(teacher.weights())
         teachers.append(place(model, device, channels_last=config.minimize.channels_last))
     tuning = config.fine_tuning
