@@ -121,9 +121,9 @@ def do(
     opened = Run(config, Storage(str(folder), "run", act), full_set, put_once(full_set), events.append)
     with ActorPool(opened, num_gpus=0.0) as pool:
         piece = Piece(config, opened.directory, "subsets", subset_id=0, indices=np.arange(200))
-        results = list(pool.run([Pack((piece,))], None))
+        results = list(pool.run([Pack((piece,))]))
         if act is die_once_in_a_test:
-            results = list(pool.run([Pack((TestPiece(config, piece.output, "test"),))], None))
+            results = list(pool.run([Pack((TestPiece(config, piece.output, "test"),))]))
         return results, events
 
 

@@ -146,7 +146,7 @@ def test_each_piece_is_done_once_by_no_more_actors_than_have_a_place_and_a_few(t
     ray, run = fake(4, all_done), opened(tmp_path, events := [])
     with ActorPool(run, num_gpus=0.0) as pool:
         packs = [Pack((piece,)) for piece in pieces_of(run, 1000)]
-        assert ids(pool.run(packs, None)) == list(range(1000))
+        assert ids(pool.run(packs)) == list(range(1000))
     assert len(ray.asked) == 4 + crew.FEW
     assert ray.most_up == 4
     assert ray.num_waits <= 2 * (1000 / 4 + 2)  # over all at once: what one look costs is shared by all that is done
@@ -167,7 +167,7 @@ def test_attempts_go_on_from_the_ledger_which_is_listed_once(tmp_path: Path, fak
     listings = []
     run.directory.list = lambda *a, **k: listings.append(a) or RunDirectory.list(run.directory, *a, **k)  # type: ignore[method-assign]
     with ActorPool(run, num_gpus=0.0) as pool:
-        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 3)], None)) == [0, 1, 2]
+        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 3)])) == [0, 1, 2]
     assert sorted(attempts) == [0, 0, 3, 4, 5]
     assert len(listings) == 1
     assert [w.outcome for w in Ledger(run.directory).read()] == ["lost"] * 3  # the two that died are closed
@@ -181,7 +181,7 @@ def test_a_piece_that_is_always_lost_ends_the_run_or_is_yielded_with_its_error(t
     run = opened(tmp_path, [])
     packs = [Pack((piece,)) for piece in pieces_of(run, 3)]
     with pytest.raises(SubsetFailed, match="subset 1 was lost 2 times in a row"), ActorPool(run, num_gpus=0.0) as pool:
-        list(pool.run(packs, None))
+        list(pool.run(packs))
     with ActorPool(run, num_gpus=0.0) as pool:
         results = {piece.ledger_key[2]: result for piece, result in pool.results(Backlog(packs))}
     assert [subset for subset, result in sorted(results.items()) if isinstance(result, SubsetFailed)] == [1]
@@ -279,7 +279,7 @@ def test_a_pack_is_put_back_without_the_members_that_left_a_minimum(tmp_path: Pa
     fake(1, die_after_one)
     run = opened(tmp_path, events := [])
     with ActorPool(run, num_gpus=0.0) as pool:
-        assert ids(pool.run([Pack(tuple(pieces_of(run, 3)))], None)) == [0, 1, 2]
+        assert ids(pool.run([Pack(tuple(pieces_of(run, 3)))])) == [0, 1, 2]
     assert given == [[0, 1, 2], [1, 2]]
     (retry,) = [event.text for event in events if isinstance(event, Retry)]
     assert retry.startswith("subsets 1, 2 was lost on node")
@@ -300,7 +300,7 @@ def test_pieces_leave_a_node_that_drains_which_is_no_attempt(
 
     ray.wait = wait  # type: ignore[method-assign]
     with ActorPool(run, num_gpus=0.0) as pool:
-        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 2)], None)) == [0, 1]
+        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 2)])) == [0, 1]
     assert [event.text for event in events if isinstance(event, Retry)] == [
         "node 10.0.0.0 will go: subset 0 is to leave it",
         "subset 0 left node 10.0.0.0 with a checkpoint written",
@@ -323,7 +323,7 @@ def test_an_actor_that_stands_still_is_told_of_and_killed_and_its_piece_goes_on_
     ray.wait = wait  # type: ignore[method-assign]
     run = opened(tmp_path, events := [], **{"actors.stall_s": 0.02})
     with ActorPool(run, num_gpus=0.0) as pool:
-        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 1)], None)) == [0]
+        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 1)])) == [0]
     warning = next(event.text for event in events if isinstance(event, Note))
     told = r"subset 0 on node 10\.0\.0\.0 stands still: no step for \d+ s; it is killed in 0 s unless"
     assert re.match(told, warning)
@@ -352,7 +352,7 @@ def test_an_actor_that_cannot_report_ends_nothing(tmp_path: Path, fake: Any, mon
 
     ray.get, ray.wait = get, wait  # type: ignore[method-assign]
     with ActorPool(run, num_gpus=0.0) as pool:
-        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 2)], None)) == [0, 1]
+        assert ids(pool.run([Pack((piece,)) for piece in pieces_of(run, 2)])) == [0, 1]
 
 
 def test_work_is_given_out_when_what_it_needs_is_done(tmp_path: Path, fake: Any) -> None:
@@ -384,7 +384,7 @@ def test_actors_that_fail_together_as_they_start_count_once_and_the_cause_is_tol
     packs = [Pack((piece,)) for piece in pieces_of(run, 2)]
     told = "actors do not come up: .*no module of that name on this node"
     with pytest.raises(SubsetFailed, match=told), ActorPool(run, num_gpus=0.0) as pool:
-        list(pool.run(packs, None))
+        list(pool.run(packs))
     assert len(ray.asked) == 4  # two, of which one counts; two more, of which the first is one too many
     assert ray.alive == []
 
@@ -398,7 +398,7 @@ def test_waiting_without_any_actor_is_told_and_ends(tmp_path: Path, fake: Any, m
     packs = [Pack((piece,)) for piece in pieces_of(run, 3)]
     told = r"3 actors of 1 CPU each wait to start, or for a place, .*cluster.wait_timeout_s"
     with pytest.raises(TimeoutError, match=told), ActorPool(run, num_gpus=0.0) as pool:
-        list(pool.run(packs, None))
+        list(pool.run(packs))
     assert events[1].text.startswith(
         "3 actors of 1 CPU each wait to start, or for a place; work not begun: 3, actors up: 0"
     )
@@ -425,7 +425,7 @@ def test_what_reports_no_steps_says_how_far_its_measurement_is(
     monkeypatch.setattr(ray, "get", get)
     run = opened(tmp_path, events := [])
     with ActorPool(run, num_gpus=0.0) as pool:
-        list(pool.run([Pack((piece,)) for piece in pieces_of(run, 1)], None))
+        list(pool.run([Pack((piece,)) for piece in pieces_of(run, 1)]))
     assert "subset 0 is measured; 40 of 337 examples" in [event.text for event in events if isinstance(event, Waiting)]
 
 

@@ -8,8 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -40,8 +39,20 @@ def connected(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iter
         ValueError: if nothing answers at the address, it asks for a token that this process does not have, or this
             process is connected to another cluster.
     """
-    with reached(config), _shared(partial(_new_cluster, config, tell)):
+    global _num_users
+    address = _address(config)
+    with _lock:
+        if not ray.is_initialized():
+            _opened.enter_context(_reached(config, address, tell) if address else _new_cluster(config, tell))
+        _num_users += 1
+    try:
+        _refuse_other_cluster(config.address)
         yield
+    finally:
+        with _lock:
+            _num_users -= 1
+            if not _num_users:
+                _opened.close()
 
 
 _lock = threading.RLock()  # of what follows; reentrant, as a listener that is told may call anything
@@ -49,24 +60,12 @@ _opened = contextlib.ExitStack()  # the connection of this process that its comm
 _num_users = 0  # blocks, of any thread, that need this process's connection
 
 
-@contextlib.contextmanager
-def _shared(connection: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Keep this process connected to Ray for the block: as it is already, or by entering the connection.
+def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> contextlib.AbstractContextManager[None]:
+    """Return connected(), but a context that does nothing yet if a new cluster would be started.
 
-    A connection that was entered is left when no thread needs it any more.
+    So a wrong address is reported before anything is written.
     """
-    global _num_users
-    with _lock:
-        if not ray.is_initialized():
-            _opened.enter_context(connection())
-        _num_users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _num_users -= 1
-            if not _num_users:
-                _opened.close()
+    return connected(config, tell) if _address(config) or ray.is_initialized() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -102,21 +101,6 @@ def started_ahead(config: ClusterConfig) -> Iterator[None]:
             yield
         finally:
             _nodes_ahead.pop(config, None)
-
-
-@contextlib.contextmanager
-def reached(config: ClusterConfig, tell: OnEvent = lambda event: None) -> Iterator[None]:
-    """Connect to a running cluster, as connected(). If a new one would be started, do nothing yet.
-
-    So a wrong address is reported before anything is written.
-    """
-    address = _address(config)
-    if not (address or ray.is_initialized()):
-        yield
-        return
-    with _shared(partial(_reached, config, address, tell) if address else partial(_new_cluster, config, tell)):
-        _refuse_other_cluster(config.address)
-        yield
 
 
 @contextlib.contextmanager

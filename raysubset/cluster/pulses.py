@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from os import getpid, kill
 from pathlib import Path
 from signal import SIGKILL
@@ -78,11 +79,9 @@ def published(
 
 def processes_at(prefix: str) -> dict[str, Process]:
     """Return the processes that publish under keys with this prefix, by the rest of their keys."""
-    processes = {}
-    for key in sorted(internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)):
-        if record := internal_kv._internal_kv_get(key, namespace=_NAMESPACE):
-            processes[key.decode().removeprefix(prefix)] = pickle.loads(record)
-    return processes
+    keys = sorted(internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE))
+    records = {key: internal_kv._internal_kv_get(key, namespace=_NAMESPACE) for key in keys}
+    return {key.decode().removeprefix(prefix): pickle.loads(record) for key, record in records.items() if record}
 
 
 def request_stop(key: str, *, timeout_s: float, preempted: bool = False) -> None:
@@ -114,19 +113,15 @@ def kill_processes(processes: Iterable[tuple[str, int]]) -> None:
     Args:
         processes: their nodes' ids, and their own.
     """
-    tasks = []
-    for node_id, pid in processes:
-        place: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=place)(_kill)
-        tasks.append(task.remote(pid))
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(_kill)
+    on = partial(NodeAffinitySchedulingStrategy, soft=False)
+    tasks = [task.options(scheduling_strategy=on(node_id)).remote(pid) for node_id, pid in processes]
     if tasks:
         ray.wait(tasks, num_returns=len(tasks), timeout=_KILL_S)
 
 
 def _kill(pid: int) -> None:
     """Kill a process of Ray's on this node, unless another process has the id by now."""
-    try:
+    with suppress(FileNotFoundError, ProcessLookupError):
         if Path(f"/proc/{pid}/cmdline").read_text().startswith("ray::"):
             kill(pid, SIGKILL)
-    except (FileNotFoundError, ProcessLookupError):
-        pass

@@ -1,5 +1,6 @@
 """The resources of the cluster, those that its autoscaler can start, and so what can ever be placed."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,11 +111,10 @@ def _may_start_unknown_nodes() -> bool:
 def _autoscaler_activity() -> str:
     """Return ', the autoscaler is starting 2 gpu.spot', or what it failed to start; else ''."""
     state = _autoscaling_state()
-    starting: dict[str, int] = {}
+    starting = Counter[str]()
     for request in state.pending_instance_requests:
-        starting[request.ray_node_type_name] = starting.get(request.ray_node_type_name, 0) + request.count
-    for instance in state.pending_instances:
-        starting[instance.ray_node_type_name] = starting.get(instance.ray_node_type_name, 0) + 1
+        starting[request.ray_node_type_name] += request.count
+    starting.update(instance.ray_node_type_name for instance in state.pending_instances)
     if starting:
         return f", the autoscaler is starting {', '.join(f'{num} {name}' for name, num in starting.items())}"
     if state.failed_instance_requests:
@@ -136,10 +136,9 @@ def groups_of(actor: Any) -> dict[str, str]:
     from raysubset.cluster.private_ray import PlacementGroupTableData, state
 
     table = state._connect_and_get_accessor()
-    groups = [PlacementGroupTableData.FromString(group) for group in table.get_placement_group_table()]
-    states = PlacementGroupTableData.PlacementGroupState
-    actor_groups = [group for group in groups if group.creator_actor_id == actor._actor_id.binary()]
-    existing = [group for group in actor_groups if group.state != states.REMOVED]
+    groups = map(PlacementGroupTableData.FromString, table.get_placement_group_table())
+    creator, states = actor._actor_id.binary(), PlacementGroupTableData.PlacementGroupState
+    existing = [g for g in groups if g.creator_actor_id == creator and g.state != states.REMOVED]
     existing.sort(key=lambda group: group.placement_group_creation_timestamp_ms)
     return {group.placement_group_id.hex(): states.Name(group.state) for group in existing}
 

@@ -144,8 +144,9 @@ def fit(job: Job, *, tell: OnEvent) -> None:
         trainer.look, trainer.stop = lookout.look, lookout.stop
         tell(Waiting(f"{stage}: Ray Train starts {counted(piece.num_workers, 'worker')}"))
         try:
-            diverged = trainer.fit().return_value
-            break
+            if diverged := trainer.fit().return_value:
+                raise ValueError(f"{stage}: {diverged}")
+            return
         except NodeLeaves as leaving:
             if directory.exists(minimum_path(stage)):
                 return
@@ -163,8 +164,6 @@ def fit(job: Job, *, tell: OnEvent) -> None:
                 raise FineTuningFailed(text) from error
             tell(Retry(f"{text}; it starts from its last checkpoint"))
             lookout.begin()
-    if diverged:
-        raise ValueError(f"{stage}: {diverged}")
 
 
 def _failure(error: Exception, piece: Piece, stalled: str) -> Exception:

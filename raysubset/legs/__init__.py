@@ -10,4 +10,4 @@ The same Drawing draws runs, the arms of comparisons, the trunks of sweeps, and 
 
 from raysubset.legs.drawing import FRESH, Drawing
 from raysubset.legs.leg import Leg, Start, StartKind, closure, critical_path
-from raysubset.legs.runner import LegRunner
+from raysubset.legs.runner import LegRunner, needs_of

@@ -224,9 +224,8 @@ class Leg:
         """Yield the aggregates that its start is added up from: each differs from the next, and the last is whole."""
         leg = self.start.leg
         while leg and leg.kind == "aggregate" and not leg.config.rounds.sends_whole(leg.round):
-            leg = leg.start.leg
-            assert leg is not None
-            yield leg
+            if leg := leg.start.leg:  # a leg that was drawn without its inputs names none
+                yield leg
 
     @property
     def told_stage(self) -> str:

@@ -1,7 +1,7 @@
 """LegRunner does legs on the cluster, each after its inputs, and goes on without those that fail."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Self
 
@@ -89,8 +89,7 @@ class LegRunner:
             self._tell(Note(f"{num_done} of {len(legs)} legs are already there"))
         if not todo:
             return
-        needs = {name: {name_of(needed.piece) for needed in (*leg.inputs, *leg.bases)} for name, leg in todo.items()}
-        backlog = Backlog([Pack((leg.piece,)) for leg in todo.values()], needs)
+        backlog = Backlog([Pack((leg.piece,)) for leg in todo.values()], needs_of(todo.values()))
         for piece, result in self._actors().results(backlog, keep=math.inf):
             leg = todo[name_of(piece)]
             if isinstance(result, Exception):
@@ -108,7 +107,12 @@ class LegRunner:
         refuse_changed_files(self._run.full_set)
         todo = [leg for leg in dict.fromkeys(finals) if leg not in self.failed and leg.tested() is None]
         if todo:
-            list(self._actors().run([Pack((leg.test,)) for leg in todo], None))
+            list(self._actors().run([Pack((leg.test,)) for leg in todo]))
+
+
+def needs_of(legs: Iterable[Leg]) -> dict[str, set[str]]:
+    """Return what each leg's piece needs, for a Backlog."""
+    return {name_of(leg.piece): {name_of(needed.piece) for needed in (*leg.inputs, *leg.bases)} for leg in legs}
 
 
 def _record(leg: Leg) -> dict[str, Any] | None:

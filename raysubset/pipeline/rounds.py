@@ -9,7 +9,7 @@ from typing import Any
 from raysubset.aggregation import method_of
 from raysubset.errors import counted, listed
 from raysubset.events import AggregateDone, MinimaFound, Note, stage_event
-from raysubset.legs import FRESH, Leg, Start
+from raysubset.legs import FRESH, Leg, Start, needs_of
 from raysubset.pipeline.decisions import Decisions
 from raysubset.pipeline.node_speeds import slot_of
 from raysubset.planning import Plan, manifest
@@ -18,13 +18,14 @@ from raysubset.run_directory import (
     CorruptFile,
     aggregate_path,
     aggregate_weights_path,
+    at_once,
     mean_optimizer_path,
     minima_folder,
     momentum_path,
     subsamples_folder,
     subsets_path,
 )
-from raysubset.subset_actors import ActorPool, Backlog, Outcome, Pack, done_of, in_packs, minimum_done, name_of
+from raysubset.subset_actors import ActorPool, Backlog, Outcome, Pack, in_packs, minimum_done, name_of
 from raysubset.subsets import Subset
 from raysubset.work import AnyPiece, Piece, Run, cut_subsets, seeded_model
 
@@ -143,26 +144,18 @@ class Rounds:
 
     def _add_aggregate(self, members: Legs, start: Start) -> Leg:
         aggregate = self._drawing.aggregate(members[0].round, start, members)
-        self._add_packs([Pack((aggregate.piece,))], (aggregate,))
+        self._backlog.add([Pack((aggregate.piece,))], needs_of((aggregate,)))
         return aggregate
 
     def _add(self, legs: Legs) -> None:
         """Queue minimizations. Those whose minima are in storage are done."""
         pieces = self._pieces(legs)
-        folders, packs = done_of(pieces), in_packs(pieces, self._per_actor)
-        self._stored |= {leg for leg in legs if leg.piece.folder in folders}
+        packs, records = in_packs(pieces, self._per_actor), at_once(Piece.record, pieces)
+        self._stored |= {leg for leg, record in zip(legs, records, strict=True) if record is not None}
+        folders = {leg.piece.folder for leg in self._stored}
         missing = [tuple(piece for piece in pack.pieces if piece.folder not in folders) for pack in packs]
         self._backlog.num_in_later_rounds = (self._config.rounds.num - 1 - legs[0].round) * len(packs)
-        self._add_packs([Pack(some) for some in missing if some], legs)
-
-    def _add_packs(self, packs: Sequence[Pack], legs: Legs) -> None:
-        """Queue packs of these legs' pieces, each to be done once what its legs need is done."""
-        inputs = {name_of(leg.piece): [name_of(needed.piece) for needed in leg.inputs] for leg in legs}
-        needs = {
-            name_of(pack.pieces[0]): {name for piece in pack.pieces for name in inputs[name_of(piece)]}
-            for pack in packs
-        }
-        self._backlog.add(packs, needs)
+        self._backlog.add([Pack(some) for some in missing if some], needs_of(legs))
 
     def _wait(self, legs: Sequence[Leg]) -> Iterator[tuple[Leg, Outcome]]:
         """Yield these legs, which were queued, as they are done. Others that are done meanwhile are held until then."""

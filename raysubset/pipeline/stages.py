@@ -243,7 +243,7 @@ class _Stages:
             if piece.by_train:
                 self._by_train, self._num_epochs = stage, len(self._epochs_of(stage))
             # actors that minimize stay for the subsets
-            ((_, record),) = pool.run([Pack((piece,))], None, keep=0 if piece.by_train else math.inf)
+            ((_, record),) = pool.run([Pack((piece,))], keep=0 if piece.by_train else math.inf)
             self._by_train = ""
             if piece.by_train:
                 self._tell_epochs(stage)
@@ -307,7 +307,7 @@ class _Stages:
         if self._decisions.num_gpus:
             piece = TestPiece(run.config, output, "test", is_final=True)
             with self._pool() as pool:
-                ((_, record),) = pool.run([Pack((piece,))], None)
+                ((_, record),) = pool.run([Pack((piece,))])
             return record["metrics"], record["files"]
         num_threads = torch.get_num_threads()
         try:

@@ -27,9 +27,8 @@ def idle_settings(config: Config) -> list[Note]:
     optimizer, loop or aggregation, which receive all settings.
     """
     values, defaults = flatten(config.to_dict()), flatten(Config().to_dict())
-    tracking = (not config.tracking.names(), "tracking", "project group", "no tracker follows the run (tracking.to)")
     rows = [
-        tracking,
+        (not config.tracking.names(), "tracking", "project group", "no tracker follows the run (tracking.to)"),
         *_of_minimizing(config),
         *(_of_conventional if config.method == "conventional" else _of_stages)(config),
     ]

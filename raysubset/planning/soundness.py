@@ -22,14 +22,7 @@ from raysubset.models import (
     num_parameters,
 )
 from raysubset.tasks import CrossEntropy, SquaredError
-from raysubset.training import (
-    Shard,
-    least_batch,
-    load_listener,
-    try_own_objective,
-    try_own_steps,
-    try_training,
-)
+from raysubset.training import Shard, least_batch, load_listener, try_own_objective, try_own_steps, try_training
 from raysubset.training.evaluation import evaluation_mode, predict
 from raysubset.training.techniques.skipping import Skipping
 from raysubset.training.whole_subset.levenberg_marquardt import LevenbergMarquardt

@@ -92,10 +92,7 @@ class RunDirectory:
     @property
     def uri(self) -> str:
         """The path or URI, without credentials, for messages and for at()."""
-        if self.local_path:
-            return str(self.local_path)
-        path, mark, query = self.shown_storage_path.partition("?")
-        return f"{path.rstrip('/')}/{_quoted(self.name)}{mark}{query}"
+        return _below(self.shown_storage_path, self.name)
 
     @property
     def shown_storage_path(self) -> str:
@@ -183,10 +180,8 @@ class RunDirectory:
         if self.local_path:
             with _replacement(Path(full), is_durable=is_durable) as file:
                 file.write(data)
-            return
-        # One write, then the close that makes the object visible: no exception can come between two parts of it
-        with filesystem.open_output_stream(full, compression=None) as stream:
-            stream.write(data)
+        else:
+            filesystem.handler.write(full, data)
 
     def read_bytes(self, path: str) -> bytes:
         """Return a file's content. Raise FileNotFoundError if it is missing."""
@@ -486,10 +481,7 @@ class RunDirectory:
 
     def below(self, folder: str) -> str:
         """Return the storage path of run directories that lie in a folder of this one."""
-        if self.local_path:
-            return str(self.local_path / folder)
-        path, mark, query = self.storage_path.partition("?")
-        return f"{path.rstrip('/')}/{_quoted(self.name)}/{folder}{mark}{query}"
+        return _below(_below(self.storage_path, self.name), folder)
 
     def check_writable(self) -> None:
         """Write a small file and remove it.
@@ -661,9 +653,12 @@ def _is_foreign(kind: pa.DataType) -> bool:
     )
 
 
-def _quoted(name: str) -> str:
-    """Return a run's name as part of a URI."""
-    return urllib.parse.quote(name, safe="")
+def _below(storage_path: str, name: str) -> str:
+    """Return the path or URI of a folder by the path or URI that it lies in."""
+    if "://" not in storage_path:
+        return os.path.join(storage_path, name)
+    path, mark, query = storage_path.partition("?")
+    return f"{path.rstrip('/')}/{urllib.parse.quote(name, safe='')}{mark}{query}"
 
 
 @contextlib.contextmanager

@@ -75,13 +75,12 @@ class Patience:
         while True:
             try:
                 result = step(*arguments, **options)
+                self._note_answer()
+                return result
             except OSError as error:
                 if not self._may_pass(error):
                     raise
                 self._note_silence(error)
-            else:
-                self._note_answer()
-                return result
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MOST_PAUSE_S)
 
@@ -163,8 +162,7 @@ class Patient(pafs.FileSystemHandler):
     def open_input_stream(self, path: str) -> pa.NativeFile:
         return pa.BufferReader(self.read(path))
 
-    def open_input_file(self, path: str) -> pa.NativeFile:
-        return pa.BufferReader(self.read(path))
+    open_input_file = open_input_stream
 
     def open_output_stream(self, path: str, metadata: Any) -> pa.NativeFile:
         return pa.PythonFile(_Written(partial(self.write, path)), mode="w")

@@ -8,7 +8,7 @@ pure function of the piece, so it does not matter which actor does it, when, or 
 """
 
 from raysubset.subset_actors.crew import SubsetFailed, memory_warning
-from raysubset.subset_actors.minima import done_of, minimum_done
+from raysubset.subset_actors.minima import minimum_done
 from raysubset.subset_actors.packing import packing_decision, packing_note
 from raysubset.subset_actors.packs import Backlog, Pack, in_packs, name_of
 from raysubset.subset_actors.pool import ActorPool, Outcome

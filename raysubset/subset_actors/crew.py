@@ -95,12 +95,10 @@ def memory_warning(actor_bytes: int, card_bytes: int, *, num_gpus: float, most_a
         most_actors: at a time, on the whole cluster.
     """
     num = min(int(1 / min(num_gpus, 1.0) + 1e-9), most_actors)
-    if num * (actor_bytes + PROCESS_BYTES) <= card_bytes:
+    sizes = num * (actor_bytes + PROCESS_BYTES), card_bytes, actor_bytes, PROCESS_BYTES
+    if sizes[0] <= card_bytes:
         return None
-    needed, there, tensors, own = (
-        f"{num_bytes / 1e9:.2f} GB"
-        for num_bytes in (num * (actor_bytes + PROCESS_BYTES), card_bytes, actor_bytes, PROCESS_BYTES)
-    )
+    needed, there, tensors, own = (f"{num_bytes / 1e9:.2f} GB" for num_bytes in sizes)
     actors = f"{counted(num, 'actor')} of {num_gpus:g} GPU {'need' if num > 1 else 'needs'}"
     return (
         f"{actors} an estimated {needed} of a card's {there} ({tensors} of examples, "

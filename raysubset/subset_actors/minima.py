@@ -1,12 +1,10 @@
-"""Minima: which are in storage already, and the event of each that is found."""
+"""The event of a minimum that is found."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from raysubset.events import MinimumDone
 from raysubset.quality import Quality, metrics_in_words
-from raysubset.run_directory import at_once
 from raysubset.work import Piece
 
 
@@ -25,9 +23,3 @@ def minimum_done(piece: Piece, record: dict[str, Any], quality: Quality, count: 
         results.append(f"ended by {minimum.outcome}")
     text = f"{piece.label}: {', '.join([*results, f'{minimum.cost.device_s:.1f} s'])} ({count})"
     return MinimumDone(text, piece.ledger_key[0], record)
-
-
-def done_of(pieces: Sequence[Piece]) -> set[str]:
-    """Return the folders of the pieces that have minima."""
-    records = at_once(Piece.record, pieces)
-    return {piece.folder for piece, record in zip(pieces, records, strict=True) if record is not None}

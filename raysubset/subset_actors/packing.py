@@ -31,7 +31,7 @@ def packing_decision(run: Run, pool: ActorPool, pieces: Sequence[Piece]) -> dict
     if reason is not None:
         return {"per_actor": per_actor, "taken": False, "reason": reason}
     trial_pack = Pack((TrialPiece(tuple(first_pieces)),))
-    ((_, trial),) = pool.run([trial_pack], None, keep=math.inf)  # its actor stays for the work
+    ((_, trial),) = pool.run([trial_pack], keep=math.inf)  # its actor stays for the work
     if (refusal := trial.pop("refused", None)) is not None:
         return {"per_actor": per_actor, "taken": False, "reason": refusal, **trial}
     fields = {key: trial[key] for key in ("ratio", "single_s", "packed_s", "num_members", "device")}

@@ -71,12 +71,13 @@ class Backlog:
         """Add packs, each due once the pieces are done that it needs.
 
         Args:
-            needs: by name of a pack's first piece, the names of pieces. Those that were never added are done.
+            needs: by name of a piece, the names of those that it needs. Those that were never added are done.
         """
         self._unfinished |= {name_of(piece) for pack in packs for piece in pack.pieces}
         for pack in packs:
             name = name_of(pack.pieces[0])
-            if missing := self._unfinished.intersection(needs.get(name, ())):
+            needed = {needed for piece in pack.pieces for needed in needs.get(name_of(piece), ())}
+            if missing := self._unfinished & needed:
                 self._waiting[name], self._num_missing[name] = pack, len(missing)
                 for needed_name in missing:
                     self._dependents[needed_name].append(name)

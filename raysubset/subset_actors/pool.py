@@ -79,18 +79,10 @@ class ActorPool:
         finally:  # also if a second Ctrl-C cuts the grace period short
             crew.release_all()
 
-    def run(
-        self,
-        packs: Sequence[Pack],
-        start: Weights | None,
-        *,
-        keep: float = 0,
-    ) -> Iterator[tuple[AnyPiece, dict[str, Any]]]:
+    def run(self, packs: Sequence[Pack], *, keep: float = 0) -> Iterator[tuple[AnyPiece, dict[str, Any]]]:
         """Do the pieces, in any order, and yield each with its record as it is done.
 
         Args:
-            packs: the pieces.
-            start: the weights all of them start from; None: their seeded initialisations.
             keep: so many actors stay for the next call; others are handed back as soon as no pack is left for them.
 
         Raises:
@@ -98,7 +90,7 @@ class ActorPool:
             ValueError: if a piece's own work refused its input; the message names the piece.
             TimeoutError: if no actor, or not all workers, could be placed in cluster.wait_timeout_s.
         """
-        for piece, result in self.results(Backlog(packs), start, keep=keep):
+        for piece, result in self.results(Backlog(packs), keep=keep):
             if isinstance(result, Exception):
                 raise result
             yield piece, result

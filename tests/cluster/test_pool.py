@@ -46,7 +46,7 @@ def test_a_stopped_actor_is_told_of_killed_and_its_piece_goes_on_elsewhere(tmp_p
     full_set, directory = load_full_set(config.data), StopsOnce(str(tmp_path), "run")
     with ActorPool(Run(config, directory, full_set, put_once(full_set), events.append), num_gpus=0.0) as pool:
         piece = Piece(config, directory, "subsets", subset_id=0, indices=np.arange(200))
-        ((_, record),) = pool.run([Pack((piece,))], None)
+        ((_, record),) = pool.run([Pack((piece,))])
     *lost, done = Ledger(RunDirectory(str(tmp_path), "run")).read()
     assert record["attempt"] == done.attempt == len(lost) >= 1  # on a busy machine the next may seem to stand still too
     assert {work.outcome for work in lost} == {"lost"}
@@ -87,5 +87,5 @@ def test_actors_that_fail_together_as_they_start_count_once_and_the_cause_is_tol
     packs = [Pack((Piece(config, directory, "subsets", subset_id=i),)) for i in range(2)]
     told = r"actors do not come up: .*no module of that name on this node"
     with pytest.raises(SubsetFailed, match=told), ActorPool(opened, num_gpus=0.0) as pool:
-        list(pool.run(packs, None))
+        list(pool.run(packs))
     assert len((tmp_path / "starts").read_text()) > 2

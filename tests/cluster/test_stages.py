@@ -108,7 +108,7 @@ def test_an_actor_can_read_the_test_split_for_the_run_and_leaves_entry_and_predi
     output = Output(directory, "trained.json", path)
     opened = Run(config, directory, full_set, put_once(full_set), lambda event: None)
     with ActorPool(opened, num_gpus=0.0) as pool:
-        ((_, record),) = pool.run([Pack((TestPiece(config, output, "test", is_final=True),))], None)
+        ((_, record),) = pool.run([Pack((TestPiece(config, output, "test", is_final=True),))])
     ((work,), predictions) = Ledger(directory).read(), directory.read_table(PREDICTIONS_PATH)
     assert (work.stage, work.attempt, work.outcome, work.cost.num_forward) == ("test", 0, "done", len(full_set.test))
     assert work.num_network_bytes >= size_of(seal)
