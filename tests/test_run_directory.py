@@ -111,6 +111,7 @@ class TestPlaces:
         assert (found.storage_path, found.name) == (storage, name)
         below = RunDirectory.at(RunDirectory(run.below("trials"), "0").uri)
         assert (below.storage_path, below.name) == (run.below("trials"), "0")
+        assert "/report/report.html" in run.below("report/report.html")
 
     def test_the_uri_shown_keeps_credentials_to_itself(self):
         assert RunDirectory("s3://key:secret@bucket/a", "run").uri == "s3://bucket/a/run"

@@ -13,8 +13,8 @@ process dies while writing, the old content stays. Requests to remote storage th
 """
 
 from raysubset.errors import CorruptFile
-from raysubset.run_directory.directory import FORMAT, RunDirectory, at_once, load_checkpoint, save_checkpoint
+from raysubset.run_directory.directory import FORMAT, RunDirectory, at_once
 from raysubset.run_directory.lease import Lease
 from raysubset.run_directory.paths import *  # noqa: F403  the paths of all files
 from raysubset.run_directory.patience import StorageLost, is_unusable
-from raysubset.run_directory.seals import Seal, Sink, size_of
+from raysubset.run_directory.seals import Seal, size_of

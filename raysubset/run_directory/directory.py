@@ -327,9 +327,15 @@ class RunDirectory:
         return weights
 
     def write_checkpoint(self, path: str, state: Mapping[str, Any], *, is_durable: bool = True) -> Seal:
-        """Write a save_checkpoint() file. Return its seal. `position`, such as [epoch, step], orders checkpoints."""
+        """torch.save() tensors and plain values, and end the file with a digest of it. Return its seal.
+
+        `position`, such as [epoch, step], orders checkpoints.
+        """
+        import torch
+
         with self._sealed_file(path, is_durable=is_durable) as sink:
-            save_checkpoint(state, sink)
+            torch.save(dict(state), sink)  # pyright: ignore[reportArgumentType]  torch needs write() and flush() only
+            sink.write_own_digest()
         return sink.seal()
 
     @contextlib.contextmanager
@@ -349,10 +355,21 @@ class RunDirectory:
             RECENT.keep(self.uri, path, sink.seal(), content)
 
     def read_checkpoint(self, path: str) -> dict[str, Any]:
-        """load_checkpoint() from a file. Raise CorruptFile if it is missing or damaged."""
-        with self._corrupt(path, ValueError, FileNotFoundError), self._content(path) as data:
+        """Return the state that write_checkpoint() wrote, on the CPU. Run no code.
+
+        Raises:
+            CorruptFile: if the file is missing or damaged.
+        """
+        import torch
+
+        # RuntimeError and UnpicklingError: another program may have written the digest
+        errors = FileNotFoundError, ValueError, RuntimeError, pickle.UnpicklingError
+        with self._corrupt(path, *errors), self._content(path) as data:
             count_bytes(len(data))
-            return load_checkpoint(data)
+            if flaw := flaw_by_itself(data) if data[-len(BLANK) :].startswith(MARK) else "its end is missing":
+                raise ValueError(flaw)
+            file: Any = io.BytesIO(data) if isinstance(data, bytes) else data
+            return torch.load(file, weights_only=True, map_location="cpu")
 
     @contextlib.contextmanager
     def _content(self, path: str) -> Iterator[Any]:
@@ -654,11 +671,11 @@ def _is_foreign(kind: pa.DataType) -> bool:
 
 
 def _below(storage_path: str, name: str) -> str:
-    """Return the path or URI of a folder by the path or URI that it lies in."""
+    """Return the path or URI of a file or folder by the path or URI that it lies in."""
     if "://" not in storage_path:
         return os.path.join(storage_path, name)
     path, mark, query = storage_path.partition("?")
-    return f"{path.rstrip('/')}/{urllib.parse.quote(name, safe='')}{mark}{query}"
+    return f"{path.rstrip('/')}/{urllib.parse.quote(name)}{mark}{query}"
 
 
 @contextlib.contextmanager
@@ -678,32 +695,6 @@ def _replacement(path: Path, *, is_durable: bool) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
-
-
-def save_checkpoint(state: Mapping[str, Any], sink: Sink) -> None:
-    """torch.save() tensors and plain values, and end the file with a digest of it."""
-    import torch
-
-    torch.save(dict(state), sink)  # pyright: ignore[reportArgumentType]  torch needs write() and flush() only
-    sink.write_own_digest()
-
-
-def load_checkpoint(data: bytes | mmap.mmap) -> dict[str, Any]:
-    """Return the state that save_checkpoint() wrote, on the CPU. Runs no code.
-
-    Raises:
-        ValueError: if the file differs from what was written.
-    """
-    import torch
-
-    flaw = flaw_by_itself(data) if data[-len(BLANK) :].startswith(MARK) else "its end is missing"
-    if flaw:
-        raise ValueError(flaw)
-    try:
-        file = io.BytesIO(data) if isinstance(data, bytes) else data
-        return torch.load(file, weights_only=True, map_location="cpu")  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, pickle.UnpicklingError) as error:  # another program may have written the digest
-        raise ValueError(first_line(error)) from error
 
 
 def _to_json(record: Any, indent: int | None = 1) -> str:
