@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Config", "run", "RunReport", "sweep", "SweepReport", "compare", "ComparisonReport", "load_model"]
 
-_VERBS = {"run": "pipeline", "sweep": "sweeping", "compare": "comparison"}  # they show their progress
-_HOMES = _VERBS | {"RunReport": "pipeline", "SweepReport": "sweeping", "ComparisonReport": "comparison"}
+VERBS = {"run": "pipeline", "sweep": "sweeping", "compare": "comparison"}  # rooms by verb; these functions show their progress
+_HOMES = VERBS | {"RunReport": "pipeline", "SweepReport": "sweeping", "ComparisonReport": "comparison"}
 _HOMES |= {"Config": "config", "load_model": "trained_model"}
 
 
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    if name in _VERBS:
+    if name in VERBS:
         value = importlib.import_module(f"{__name__}.cli.live").shown(value)
     globals()[name] = value
     return value

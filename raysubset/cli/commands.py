@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.text import Text
 
-from raysubset import __version__
+from raysubset import VERBS, __version__
 from raysubset.cli import flags
 from raysubset.cli.live import telling
 from raysubset.cli.parsing import HELP, overview, parse, parse_command
@@ -152,14 +152,7 @@ def _guarded(work: Callable[[], int], *, again: str) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _reported(
-    command: flags.Run | flags.Sweep | flags.Compare,
-    room: str,
-    verb: str,
-    *arguments: Any,
-    is_finished: bool = False,
-    **options: Any,
-) -> Any:
+def _reported(command: flags.Resumed, verb: str, *arguments: Any, is_finished: bool = False, **options: Any) -> Any:
     """Call run(), sweep() or compare(), write the report's page, print where it is and the report, and return it.
 
     Ray's processes start while torch is imported with the room of the verb, unless the work is finished.
@@ -170,7 +163,8 @@ def _reported(
 
             stack.enter_context(started_ahead(command.config.cluster))
         options |= {"on_event": tell, "fresh": command.fresh, "accept_changed_code": command.accept_changed_code}
-        report = getattr(import_module(room), verb)(command.config, *arguments, **options)
+        room = import_module(f"raysubset.{VERBS[verb]}")
+        report = getattr(room, verb)(command.config, *arguments, **options)
         page = _write_page(report.uri, tell)
     print(page)
     report.show()
@@ -179,13 +173,13 @@ def _reported(
 
 def _run(command: flags.Run) -> None:
     report_path = Path(command.config.storage_path).expanduser() / command.config.run_name() / "report.json"
-    _reported(command, "raysubset.pipeline", "run", is_finished=report_path.exists() and not command.fresh)
+    _reported(command, "run", is_finished=report_path.exists() and not command.fresh)
 
 
 def _sweep(command: flags.Sweep) -> int:
     space, scheduler = _space(command.sizes, command.space), "asha" if command.prune else None
     options = {"seeds": command.seeds, "scheduler": scheduler, "baseline": command.baseline}
-    report = _reported(command, "raysubset.sweeping", "sweep", space, **options)
+    report = _reported(command, "sweep", space, **options)
     return FAILED if any(trial["state"] == "failed" for trial in report.trials) else DONE
 
 
@@ -194,7 +188,7 @@ def _compare(command: flags.Compare) -> int:
     for name in ("seeds", "budgets", "arms", "learning_rates", "batch_sizes", "margin", "num_workers", "bandwidth"):
         if (value := getattr(command, name)) not in (None, ()):
             options[name] = value
-    report = _reported(command, "raysubset.comparison", "compare", **options)
+    report = _reported(command, "compare", **options)
     return FAILED if report.has_failed else DONE
 
 

@@ -27,14 +27,14 @@ class OfConfig(Command):
     """Import and call the functions that the file of --config names. Only for files of people you trust."""
 
 
-class _Resumed(OfConfig):
+class Resumed(OfConfig):
     fresh: bool = False
     """Delete what exists under this name, and start over."""
     accept_changed_code: bool = False
     """Resume although the code of a function that the config names has changed; finished work is kept."""
 
 
-class Run(_Resumed):
+class Run(Resumed):
     """Run subset pretraining, or a conventional run, and print its report; resume an unfinished run of that name.
 
     Exit codes: 0 done; 1 failed; 2 a mistake in flags, config, data or request; 130 stopped by Ctrl-C or SIGTERM:
@@ -75,7 +75,7 @@ class Doctor(OfConfig):
     """
 
 
-class Sweep(_Resumed):
+class Sweep(Resumed):
     """Run every combination of the values, over seeds, as trials of Ray Tune; print a table and a recommendation.
 
     Resumes an unfinished sweep of that name. Takes the flags and has the exit codes of `run`; 1 if a trial failed.
@@ -93,7 +93,7 @@ class Sweep(_Resumed):
     """Stop trials whose validation loss falls behind the others' after the same passes (ASHA)."""
 
 
-class Compare(_Resumed):
+class Compare(Resumed):
     """Find out whether subset pretraining pays: arms, controls, budgets and seeds, all costs counted, and a verdict.
 
     Resumes an unfinished comparison of that name. Takes the flags and has the exit codes of `run`; 1 if work failed,

@@ -32,41 +32,31 @@ class Axis:
     """One of a chart's two axes: its settings, and all values drawn along it."""
 
     label: str
-    may_be_log: bool = False  # it is logarithmic if positive values span more than a factor of five
+    is_log: bool = False  # if positive values span more than a factor of five; settled() finds out
     ticks: Sequence[tuple[float, str]] = ()  # none: chosen automatically
-    low: float | None = None  # None: the least value, with a margin
-    high: float | None = None
+    low: float = -math.inf  # infinite: the least value, with a margin
+    high: float = math.inf
     values: list[float] = field(default_factory=list)
-
-    def settled(self) -> "Scale":
-        """Return a scale with ends and ticks that suit the values."""
-        values = [value for value in self.values if math.isfinite(value)] or [0.0, 1.0]
-        low, high = min(values), max(values)
-        is_log = self.may_be_log and low > 0 and high >= 5 * low
-        if is_log:
-            margin = (high / low) ** 0.05
-            low, high = max(self.low or 0.0, low / margin), self.high or high * margin
-        else:
-            margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-            low = low - margin if self.low is None else self.low
-            high = high + margin if self.high is None else self.high
-        ticks = self.ticks or (_log_ticks(low, high) if is_log else _ticks(low, high))
-        return Scale(low, high, is_log, ticks)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """An axis with its ends and ticks, and the pixels at which it starts and ends."""
-
-    low: float
-    high: float
-    is_log: bool
-    ticks: Sequence[tuple[float, str]]
-    start: float = 0.0
+    start: float = 0.0  # pixels at which it starts and ends
     end: float = 0.0
 
+    def settled(self) -> "Axis":
+        """Return the axis with ends and ticks that suit the values."""
+        values = [value for value in self.values if math.isfinite(value)] or [0.0, 1.0]
+        low, high = min(values), max(values)
+        is_log = self.is_log and low > 0 and high >= 5 * low
+        if is_log:
+            margin = (high / low) ** 0.05
+            low, high = max(self.low, low / margin), high * margin if math.isinf(self.high) else self.high
+        else:
+            margin = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+            low = low - margin if math.isinf(self.low) else self.low
+            high = high + margin if math.isinf(self.high) else self.high
+        ticks = self.ticks or (_log_ticks(low, high) if is_log else _ticks(low, high))
+        return replace(self, low=low, high=high, is_log=is_log, ticks=ticks)
+
     def pixel(self, value: float) -> float:
-        """Return the pixel of a value; values beyond an end lie there."""
+        """Return the pixel of a value on the settled axis; values beyond an end lie there."""
         low, high = self.low, self.high
         if self.is_log:
             low, high, value = math.log10(low), math.log10(high), math.log10(max(value, low / 2))
@@ -76,7 +66,7 @@ class Scale:
         return _number(self.pixel(value))
 
 
-Draw = Callable[[Scale, Scale], str]  # returns the SVG of a mark, given the x and the y axis
+Draw = Callable[[Axis, Axis], str]  # returns the SVG of a mark, given the x and the y axis
 
 
 def _ticks(low: float, high: float) -> list[tuple[float, str]]:
@@ -153,7 +143,7 @@ class Chart:
         texts = [f"{y:.5g}" + (f" ({low:.4g} to {high:.4g})" if bars else "") for _, y, low, high, _ in drawn]
         values = f'data-k="{escape(label)}" data-x="{_joined(name for *_, name in drawn)}" data-y="{_joined(texts)}"'
 
-        def draw(x_axis: Scale, y_axis: Scale) -> str:
+        def draw(x_axis: Axis, y_axis: Axis) -> str:
             places, svg = [f"{x_axis.at(x)} {y_axis.at(y)}" for x, y, *_ in drawn], ""
             if bars:
                 ends = (f"M{x_axis.at(x)} {y_axis.at(low)}V{y_axis.at(high)}" for x, _, low, high, _ in drawn)
@@ -191,7 +181,7 @@ class Chart:
         self.x.values += [start, end]
         self.y.values += [y - height / 2, y + height / 2]
 
-        def draw(x_axis: Scale, y_axis: Scale) -> str:
+        def draw(x_axis: Axis, y_axis: Axis) -> str:
             left, right = sorted(map(x_axis.pixel, (start, end)))
             top, bottom = sorted(map(y_axis.pixel, (y - height / 2, y + height / 2)))
             wide, opacity = max(0.8, right - left - 0.6), f' fill-opacity="{alpha:.2g}"' if alpha < 1 else ""
