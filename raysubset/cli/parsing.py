@@ -30,12 +30,7 @@ _CHOICES = 20  # most characters of a value's choices in a one-line help
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
-    """Parse a command line.
-
-    Raises:
-        ValueError: for a mistake, in one line.
-        SystemExit: after help was printed.
-    """
+    """Parse a command line; raise what parse() does."""
     verb = arguments[0]
     if verb not in COMMANDS:
         raise ValueError(f"there is no command {verb}{nearest(verb, COMMANDS) or '; see raysubset --help'}")
@@ -45,13 +40,10 @@ def parse_command(arguments: Sequence[str]) -> Command:
 def parse(
     kind: Any, arguments: Sequence[str], default: Config, *, prog: str, description: str | None = None, **defaults: Any
 ) -> Any:
-    """Parse a command's flags.
+    """Parse the flags of a command of this class, which change a default config; `defaults` are of its own fields.
 
     Args:
-        kind: the command's class.
-        default: the config that flags change.
         description: the first lines of help, in place of the command's own.
-        defaults: of the command's own fields.
 
     Raises:
         ValueError: for a mistake in the flags, in one line.

@@ -68,14 +68,7 @@ def regime_at(
     s_per_pass: float,
     seeds: Sequence[int],
 ) -> Regime:
-    """Apply the rule at one bandwidth.
-
-    Args:
-        arms: by their keys.
-        target: the quality, as a gain.
-        s_per_pass: of one device.
-        seeds: of the comparison.
-    """
+    """Apply the rule to arms, by their keys, at one bandwidth; the target is a gain, and s_per_pass of one device."""
     ways: dict[Way, Fastest] = {}
     reached: set[Way] = set()  # with one seed or more
     bounded: set[Way] = set()  # at an arm's smallest budget
@@ -117,7 +110,6 @@ def regime_text(
         place: network, Q, workers and budgets in words.
         is_complete: True if every way had an arm in the comparison.
         failed: arms with a budget of which no seed finished.
-        num_seeds: of the comparison.
     """
     smoke = f"With {num_seeds} seeds, a smoke test. " if num_seeds < FEWEST_SEEDS else ""
     begin = f"{smoke}{place}, at {regime.gbit_per_s:g} Gbit/s a worker: "

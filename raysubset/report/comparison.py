@@ -320,11 +320,7 @@ def _quality_plot(record: Record, clock: str) -> Plot:
 
 
 def training_of_arms(record: Record, read: Callable[[Record], Mapping[str, Record]]) -> Plot | None:
-    """Draw a chart for each arm at its largest budget; None if no arm's legs exist.
-
-    Args:
-        read: returns the records of the given part of comparison.json's `legs`, by name.
-    """
+    """Draw a chart for each arm at its largest budget; None if no arm's legs exist. `read` is as leg_records()."""
     num_train, legs, largest = record["data"]["num_train"], record["legs"], []
     for arm in record["arms"]:
         if points := [point for point in arm["points"] if point["mean"] is not None]:

@@ -42,10 +42,7 @@ def _loss(metrics: Record) -> float:
 
 def run_stages(records: Sequence[Record], measure: Measure = _loss) -> list[Stage]:
     """Average the training of finished runs, one for each seed; rounds that not all of them have are left out.
-
-    Args:
-        measure: what is taken of validation metrics.
-    """
+    `measure` is what is taken of validation metrics."""
     return _over_seeds([_placed(works_of(r["stages"]), r["data"]["num_train"], measure) for r in records])
 
 

@@ -9,11 +9,11 @@ from raysubset.errors import first_line
 from raysubset.quality import quality_of
 from raysubset.report.figures import Record
 from raysubset.report.parts import Section, table
+from raysubset.report.reading import sessions_of
 from raysubset.run_directory import (
     COMPARISON_PATH,
     CONFIG_PATH,
     REPORT_PATH,
-    SESSIONS_PATH,
     SWEEP_PATH,
     CorruptFile,
     Lease,
@@ -69,22 +69,18 @@ def _entry(directory: RunDirectory) -> Entry | None:
         if path is not None:
             kind = _KINDS[path]
             entry = _done(about, kind, directory.read_json(path))
-            return entry if kind == "run" else replace(entry, began_at=_began_at(_sessions(directory)))
+            return entry if kind == "run" else replace(entry, began_at=_began_at(sessions_of(directory)))
         if CONFIG_PATH not in files:
             return None
         config = directory.read_config()
         kind = config.get("kind", "run")
         is_held = Lease(directory).is_held()
-        sessions = _sessions(directory)
+        sessions = sessions_of(directory)
         wall_s = sum(session["wall_s"] for session in sessions) if sessions else None
         state: State = "at work" if is_held else "stopped"
         return Entry(*about, kind, state, wall_s=wall_s, began_at=_began_at(sessions))
     except (CorruptFile, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return Entry(*about, kind, "damaged", flaw=first_line(error))
-
-
-def _sessions(directory: RunDirectory) -> Sequence[Record]:
-    return (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions") or ()
 
 
 def _began_at(sessions: Sequence[Record]) -> float | None:

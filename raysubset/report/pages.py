@@ -13,12 +13,12 @@ from raysubset.report.figures import Record
 from raysubset.report.line import line_between_minima
 from raysubset.report.parts import Page, Section, drawn, to_html
 from raysubset.report.predictions import prediction_sections
-from raysubset.report.reading import leg_records, read_works, trial_records
+from raysubset.report.reading import leg_records, read_works, sessions_of, trial_records
 from raysubset.report.run import measured, result, what_follows
 from raysubset.report.run_plots import line_plot
 from raysubset.report.sweeps import sweep_command, sweep_sections, training_of_settings
 from raysubset.report.timeline import pauses, time_line, troubles, work_in_words
-from raysubset.run_directory import ENVIRONMENT_PATH, SESSIONS_PATH, RunDirectory
+from raysubset.run_directory import ENVIRONMENT_PATH, RunDirectory
 from raysubset.run_directory.ledger import Ledger, Work
 from raysubset.uris import shown
 
@@ -72,7 +72,7 @@ def _work(
         of: what each ledger is of: "leg" or "trial".
     """
     works = [work for ledger in ledgers.values() for work in ledger]
-    sessions = (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions", ())
+    sessions = sessions_of(directory)
     words = list(work_in_words(works, of=of and f"{len(ledgers):,} {of}s in "))
     if gaps := pauses(works, sessions):
         wall, idle = sum(session["wall_s"] for session in sessions), sum(gap.ended - gap.begun for gap in gaps)

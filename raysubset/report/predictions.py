@@ -67,11 +67,7 @@ def _mistaken_classes(
 
 
 def class_scores(counts: np.ndarray, class_names: Sequence[str]) -> Section:
-    """Return recall, precision and F1 of each class on the test split; of many classes those with the least F1.
-
-    Args:
-        counts: what confusion() returns.
-    """
+    """Show recall, precision and F1 of each class by confusion()'s counts; of many classes those with the least F1."""
     of_label, of_prediction = counts.sum(axis=1), counts.sum(axis=0)
     with np.errstate(invalid="ignore"):  # 0 / 0 of a class without examples or predictions is NaN
         recall, precision = (counts.diagonal() / totals for totals in (of_label, of_prediction))

@@ -21,13 +21,10 @@ _AROUND = (1 / 3, 1.0, 3.0)  # times the suggestion: the rates that a comparison
 def rate_sections(
     rate_range: "RateRange", config: Mapping[str, Any], *, passes: float, num_examples: int, loss: str, quality: Quality
 ) -> list[Section]:
-    """Return the sections of the suggestion and of the curve.
+    """Return the sections of the suggestion and of the curve of a range test, which cost `passes` on so many examples.
 
     Args:
-        rate_range: the range test's result.
         config: what Config.to_dict() returns.
-        passes: cost of the test.
-        num_examples: examples that the test used.
         loss: name of the loss, with its unit.
         quality: what a comparison goes by.
     """

@@ -12,6 +12,7 @@ from raysubset.run_directory import (
     COMPARISON_PATH,
     CONFIG_PATH,
     REPORT_PATH,
+    SESSIONS_PATH,
     SWEEP_PATH,
     RunDirectory,
     aggregate_path,
@@ -78,11 +79,7 @@ def _read(paths: Mapping[str, str], directory: RunDirectory) -> dict[str, Any]:
 
 
 def leg_records(directory: RunDirectory, legs: Record) -> dict[str, Record]:
-    """Read the existing records of some legs of a comparison by name: minimum.json or aggregate.json.
-
-    Args:
-        legs: a part of comparison.json's `legs`.
-    """
+    """Read the existing records of a part of comparison.json's `legs` by name: minimum.json or aggregate.json."""
     return _read({key: f"{_LEGS}/{key}/{_leg_path(leg)}" for key, leg in legs.items()}, directory)
 
 
@@ -93,6 +90,11 @@ def _leg_path(leg: Record) -> str:
         return minimum_path(leg["stage"])
     folder = subsample_folder if leg["stage"] == "subsamples" else minimum_folder
     return minimum_path(folder(leg["round"], leg["subset"]))
+
+
+def sessions_of(directory: RunDirectory) -> Sequence[Record]:
+    """Read the records of the drivers that worked in a directory, the first one first."""
+    return (directory.read_json_or_none(SESSIONS_PATH) or {}).get("sessions") or ()
 
 
 def trial_records(directory: RunDirectory, names: Sequence[str]) -> dict[str, Record]:

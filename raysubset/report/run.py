@@ -35,11 +35,7 @@ MOST_ROWS = 12  # minima or rounds that get a row each
 
 
 def sections(record: Record, beside: Beside | None = None) -> list[Section]:
-    """Return the sections of a finished run's report.
-
-    Args:
-        beside: what find_beside() found in the same storage path, to compare the run with.
-    """
+    """Return the sections of a finished run's report, compared with what find_beside() found in its storage path."""
     beside = beside or Beside()
     return [result(record, beside), *measured(record), *what_follows(record, beside)]
 

@@ -12,13 +12,9 @@ TRAINING = COLOURS[0]  # colour of losses on training data, in every plot
 
 
 def story(record: Record, rival: Record | None = None) -> Plot | None:
-    """Draw validation quality from the trunk to the final model, over sequential passes.
+    """Draw validation quality from the trunk to the final model, over sequential passes, with a rival run's end.
 
-    Args:
-        rival: the record of the run to compare with, whose end is drawn as a line.
-
-    Returns:
-        The plot; None if fewer than two models were measured.
+    Return None if fewer than two models were measured.
     """
     quality = quality_of(record)
     chart = Chart("passes of training, one after the other", f"validation {quality.label}", size=(440, 280))
@@ -67,8 +63,7 @@ def minima_losses(record: Record) -> Plot | None:
 def gap_over_q(record: Record) -> Plot | None:
     """Draw validation loss over own loss against Q for all measured minima; for squared error also (Q+1)/(Q−1).
 
-    Returns:
-        The plot; None if all minima have one Q and there is no law to compare them with.
+    Return None if all minima have one Q and there is no law to compare them with.
     """
     points = [
         (minimum["overdetermination_ratio"], minimum["validation"]["loss"] / minimum["training"]["loss"])

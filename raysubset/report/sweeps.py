@@ -135,10 +135,7 @@ def sweep_plot(record: Record) -> Plot | None:
     """Draw loss, quality and passes against subset size, with Q at each point, as in arXiv:2410.16523.
 
     There is a line for each combination of the other swept settings. If there is one combination, lines are of losses
-    and qualities before and after fine-tuning.
-
-    Returns:
-        The plot; None if trials of fewer than two sizes have a result.
+    and qualities before and after fine-tuning. Return None if trials of fewer than two sizes have a result.
     """
     drawn = [setting for setting in record["settings"] if setting["validation_loss"]]
     if len({setting["subset_size"] for setting in drawn}) < 2:
@@ -190,11 +187,7 @@ def _line(
 
 def training_of_settings(record: Record, reports: Mapping[str, Record]) -> Plot | None:
     """Draw the training of the settings, that with the least validation loss first, a dozen at most; None if there is
-    no report.
-
-    Args:
-        reports: the finished trials' own records, by the trials' names.
-    """
+    none of trial_records()."""
     panels = []
     for setting in record["settings"]:
         trials = [trial["name"] for trial in record["trials"] if trial["overrides"] == setting["overrides"]]

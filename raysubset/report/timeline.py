@@ -60,11 +60,7 @@ def pauses(works: Iterable[Work], sessions: Iterable[Record]) -> list[Pause]:
 
 
 def time_line(works: Sequence[Work], gaps: Sequence[Pause] = ()) -> Plot:
-    """Draw a Gantt chart: a bar for each attempt, a row for each actor or driver and for Ray.
-
-    Args:
-        gaps: what pauses() returns.
-    """
+    """Draw a Gantt chart: a bar for each attempt and each of pauses(), a row for each actor or driver and for Ray."""
     all_lanes = lanes(works)
     drawn = all_lanes[:MOST_LANES]
     begun = min([work.started_at for work in works] + [gap.begun for gap in gaps])
@@ -149,11 +145,7 @@ def troubles(ledgers: Mapping[str, Sequence[Work]], *, of: str = "leg") -> Secti
 
 
 def work_in_words(works: Sequence[Work], *, of: str = "") -> Iterator[str]:
-    """Yield sentences on what the work took together.
-
-    Args:
-        of: what it is of, such as "12 legs in ".
-    """
+    """Yield sentences on what the work took together; `of` is what it is of, such as "12 legs in "."""
     num_lost, num_nodes = sum(work.outcome in _ENDED_BADLY for work in works), len({work.node for work in works})
     yield (
         f"{of}{len(works):,} attempts, {num_lost or 'none'} of them lost or failed, on {num_nodes} "
