@@ -16,11 +16,7 @@ OF_SUBSETS = "DEFGH"  # arms with a stage of subsets
 
 
 def checked_arms(
-    config: Config,
-    seeds: Sequence[int],
-    budgets: Sequence[float],
-    arms: Sequence[str],
-    learning_rates: Sequence[float],
+    config: Config, seeds: Sequence[int], budgets: Sequence[float], arms: Sequence[str], learning_rates: Sequence[float]
 ) -> list[Arm]:
     """Return the arms that `arms` names.
 

@@ -61,12 +61,7 @@ def way_of(letter: str, role: str) -> Way:
 
 
 def regime_at(
-    gbit_per_s: float,
-    arms: Mapping[str, tuple[Way, Curves]],
-    *,
-    target: float,
-    s_per_pass: float,
-    seeds: Sequence[int],
+    gbit_per_s: float, arms: Mapping[str, tuple[Way, Curves]], *, target: float, s_per_pass: float, seeds: Sequence[int]
 ) -> Regime:
     """Apply the rule to arms, by their keys, at one bandwidth; the target is a gain, and s_per_pass of one device."""
     ways: dict[Way, Fastest] = {}

@@ -90,13 +90,7 @@ class Chart:
     """A pair of axes. Marks are kept in order, and placed at the end, when all values are known."""
 
     def __init__(
-        self,
-        x_label: str,
-        y_label: str,
-        *,
-        title: str = "",
-        log: str = "",
-        size: tuple[float, float] = (400, 250),
+        self, x_label: str, y_label: str, *, title: str = "", log: str = "", size: tuple[float, float] = (400, 250)
     ) -> None:
         """
         Args:

@@ -32,14 +32,7 @@ from raysubset.run_directory import REPORT_PATH, SWEEP_PATH, RunDirectory
 from raysubset.run_directory.ledger import Work, total_cost
 from raysubset.sweeping.lookout import TrialsLookout
 from raysubset.sweeping.plan import Trial, divide, plan_trials, shared_trunks, widest_stage
-from raysubset.sweeping.records import (
-    Record,
-    SweepReport,
-    recommend,
-    recommendation,
-    settings_of,
-    trial_measures,
-)
+from raysubset.sweeping.records import Record, SweepReport, recommend, recommendation, settings_of, trial_measures
 from raysubset.sweeping.standing import TrialsStanding
 from raysubset.sweeping.trials import Task, run_trial
 from raysubset.training import Cost
@@ -263,12 +256,7 @@ def _tune(
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
             ),
-            run_config=tune.RunConfig(
-                name=session,
-                storage_path=str(folder),
-                verbose=0,
-                callbacks=[callback],
-            ),
+            run_config=tune.RunConfig(name=session, storage_path=str(folder), verbose=0, callbacks=[callback]),
         )
         results: Any = tuner.fit()
         return {result.config["trial"]["name"]: one_line(result.error) for result in results if result.error}
