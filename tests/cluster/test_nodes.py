@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 SCRIPT = """
 import json, time
-from contextlib import ExitStack
 from raysubset import Config, run
 from raysubset.cluster import ray
+from raysubset.cluster.private_ray import utils
 from raysubset.events import Progress, Retry, Start
 from raysubset.pipeline import node_speeds
 from raysubset.run_directory.ledger import Ledger
@@ -24,7 +24,7 @@ from raysubset.subset_actors import pool
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-from tests.forked_workers import PATHS, warm_process
+from tests.forked_workers import PATHS
 from tests.slow_steps import slow_down, speed_up
 
 pool.POLL_S = pool.WAIT_S = 0.05
@@ -38,8 +38,7 @@ node_speeds.measure_speed = measured_shortly
 def kind(name):
     return PATHS | dict(num_cpus=1, labels={"ray.io/accelerator-type": name}, include_log_monitor=False)
 
-stack = ExitStack()
-stack.enter_context(warm_process())
+utils.get_dashboard_dependency_error = lambda: ImportError("agents without web servers")
 cluster = Cluster(initialize_head=True, head_node_args=kind("SLOW") | dict(include_dashboard=False, no_monitor=True))
 cluster.add_node(**kind("FAST"))
 ray.init(address=cluster.address, log_to_driver=False)
@@ -101,15 +100,14 @@ told(config, rounds=report.record["stages"]["rounds"], passes=row["passes"],
      moved=[[work.outcome, work.cost.num_steps] for work in works if work.subset in drained])
 ray.shutdown()
 cluster.shutdown()
-stack.close()
 """
 
 NUM_TRAIN = 1294  # of digits
 
-
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.usefixtures("ray_cluster")  # whose warm process workers are forked from
 def test_subsets_are_sized_for_the_nodes_that_take_them_and_leave_one_that_drains_with_a_checkpoint(
     tmp_path: Path,
 ) -> None:
