@@ -18,7 +18,7 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process beside each
 os.environ["OMP_NUM_THREADS"] = "1"  # torch's threads wait for one another: on busy cores two take 4 times as long
 os.environ.pop("RAY_ADDRESS", None)
 STARTS_RAY = ("tests/cluster/", "tests/gpu/")
-LONGEST = ("jobs", "chaos", "streaming", "stages", "sweep", "cli", "nodes", "remote_storage", "pool")
+LONGEST = ("jobs", "chaos", "streaming", "stages", "sweep", "cli", "nodes", "pool")
 LONGEST = tuple(f"tests/cluster/test_{name}.py" for name in LONGEST)
 gc.disable()  # a quarter of collecting 4,000 tests, until pytest_collection_finish()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would children

@@ -1,20 +1,24 @@
-"""sweep() by real Tune trials on a local cluster: sharing, failing, pruning, and going on."""
+"""sweep() by real Tune trials on a local cluster: sharing, failing, pruning, going on, and in an object store."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from raysubset import Config, run
+from raysubset import Config, load_model, run
 from raysubset.events import Event, Note, TrialReport
 from raysubset.report import sweep_sections, write_files
 from raysubset.run_directory import RunDirectory, weights_path
 from raysubset.run_directory.ledger import Ledger
 from raysubset.sweeping import SweepReport, sweep
+from tests.buckets import bucket
 from tests.tiny import stored_weights
 
 # isort: split
+import ray
 from ray.tune.schedulers import TrialScheduler  # after raysubset.cluster, which sets what Ray reads when it is imported
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
@@ -23,7 +27,7 @@ SMALL = {"subsets.num": 2, "minimize.epochs": 1.0, "fine_tuning.epochs": 0.0}
 SMALL |= {"actors.max_num": 1}  # each takes seconds of a CPU to start
 
 
-def a_sweep(folder: Path, sizes: list[int], **options: Any) -> tuple[SweepReport, list[Event]]:
+def a_sweep(folder: Path | str, sizes: list[int], **options: Any) -> tuple[SweepReport, list[Event]]:
     events: list[Event] = []
     overrides, heed = SMALL | options.pop("overrides", {}), options.pop("heed", lambda event: None)
 
@@ -113,12 +117,71 @@ class StopOne(TrialScheduler):
         return self.STOP if behind else self.CONTINUE
 
 
-def test_a_pruned_trial_leaves_the_cluster_to_one_that_trains_on_all_of_it(tmp_path: Path) -> None:
-    whole = {"fine_tuning.epochs": 2.0, "fine_tuning.num_workers": 2, "actors.num_cpus": 2, "trunk.epochs": 0.0}
-    report, events = a_sweep(tmp_path, [200, 100], overrides=whole, scheduler=StopOne())
+@dataclass(frozen=True)
+class Pruned:
+    """A sweep with Ray Train in an object store: one of its two trials was pruned."""
+
+    report: SweepReport
+    events: list[Event]
+    storage_path: str
+    of_tune: list[Path]  # the folders with Tune's own files
+
+
+SECRET = "a-secret-that-stands-nowhere"
+WHOLE = {"fine_tuning.epochs": 2.0, "fine_tuning.num_workers": 2, "actors.num_cpus": 2, "trunk.epochs": 0.0}
+
+
+@pytest.fixture(scope="module")
+def pruned(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pruned]:
+    kept: list[Path] = []
+
+    class Kept:
+        """TemporaryDirectory that stays, so that Tune's files can be read."""
+
+        def __init__(self, prefix: str) -> None:
+            kept.append(tmp_path_factory.mktemp(prefix))
+
+        def __enter__(self) -> str:
+            return str(kept[-1])
+
+        def __exit__(self, *error: object) -> None: ...
+
+    with bucket("runs/results", SECRET) as uri, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("raysubset.sweeping.driver.TemporaryDirectory", Kept)
+        report, events = a_sweep(uri, [200, 100], overrides=WHOLE, scheduler=StopOne())
+        yield Pruned(report, events, uri, kept)
+
+
+def test_a_pruned_trial_leaves_the_cluster_to_one_that_trains_on_all_of_it(pruned: Pruned) -> None:
+    report = pruned.report
     assert report.record["at_once"] == {"trials": 1, "slots_each": 2}
     assert [trial["state"] for trial in report.trials] == ["pruned", "done"]
-    reports = [event.report for event in events if isinstance(event, TrialReport)]
+    reports = [event.report for event in pruned.events if isinstance(event, TrialReport)]
     epochs = [report for report in reports if report["stage"] == "fine_tuning"]
     assert [report["epoch"] for report in epochs] == [1.0, 2.0]
     assert epochs[0]["passes"] < epochs[1]["passes"] < report.trials[1]["passes"] < report.passes
+
+
+def test_a_sweep_with_ray_train_lives_in_an_object_store_whose_secret_is_in_no_file(pruned: Pruned) -> None:
+    """Tune's tuner.pkl and state files had it, and Ray's logs."""
+    _, trial = pruned.report.trials
+    assert SECRET not in trial["uri"]
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())  # pyright: ignore
+    files = [path for folder in (*pruned.of_tune, session) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name == "tuner.pkl" for path in files)
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    directory = RunDirectory(pruned.storage_path, "sweep")
+    names = directory.list("", recursive=True)
+    assert names
+    assert [name for name in names if SECRET.encode() in directory.read_bytes(name)] == []
+
+    name = trial["uri"].partition("?")[0].rpartition("/")[2]
+    path, _, query = pruned.storage_path.partition("?")
+    made = RunDirectory(f"{path}/sweep/trials?{query}", name)
+    assert made.read_json("fine_tuning/minimum.json")["num_workers"] == 2
+    notes: list[str] = []
+    own = Config(name=name, storage_path=made.storage_path).with_overrides(SMALL | WHOLE | {"subsets.size": 100})
+    again = run(own, on_event=lambda event: notes.append(event.text))
+    assert "is finished" in notes[0]
+    assert again.test.to_dict() == made.read_json("report.json")["test"]
+    assert load_model(f"{path}/sweep/trials/{name}?{query}").class_names == tuple("0123456789")
