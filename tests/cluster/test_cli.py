@@ -16,8 +16,9 @@ import torch
 
 from raysubset import load_model
 from raysubset.cli import call
-from raysubset.run_directory import RunDirectory
+from raysubset.run_directory import RunDirectory, aggregate_weights_path, weights_path
 from tests import slow_steps
+from tests.tiny import same_bits, stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -92,7 +93,8 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_the_others(
+@pytest.mark.usefixtures("ray_cluster")
+def test_ctrl_c_stops_cleanly_the_same_command_resumes_to_the_same_bits_and_the_run_is_there_for_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--storage-path", str(tmp_path), *FLAGS]
@@ -135,6 +137,12 @@ def test_ctrl_c_stops_cleanly_the_same_command_resumes_and_the_run_is_there_for_
     assert "interrupted" in {w["outcome"] for w in subsets}
     trained = sum(w["cost"]["num_steps"] for w in subsets)
     assert trained == 2 * NUM_EPOCHS * 11  # 647 examples in batches of 64
+
+    undisturbed = RunDirectory(str(tmp_path / "undisturbed"), "run")
+    assert call(["run", "--storage-path", undisturbed.storage_path, *FLAGS]) == 0  # on the session's Ray
+    for path in (aggregate_weights_path(0), weights_path("fine_tuning")):
+        assert same_bits(stored_weights(run, path), stored_weights(undisturbed, path))
+    capsys.readouterr()
 
     before = {path: run.read_bytes(path) for path in ("report.json", "model.safetensors")}
     assert call(["run", *flags]) == 0  # in this process, as a finished run needs no Ray

@@ -17,19 +17,18 @@ import time
 import urllib.request
 import venv
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 import raysubset.cluster  # noqa: F401  before anything imports Ray
 from raysubset.cli import call, run_job
 from raysubset.run_directory import RunDirectory, aggregate_weights_path, minimum_folder, weights_path
 from raysubset.run_directory.ledger import Ledger, Work
 from tests import slow_steps
-from tests.tiny import stored_weights
+from tests.tiny import same_bits, stored_weights
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -69,10 +68,9 @@ class LocalCluster:
             return sorted(found, key=lambda p: p.create_time())
         return []
 
-    def submit(self, job: str, storage_path: Path, *flags: str, wait: bool = True, checkout: Path = ROOT) -> str:
-        """The log of the job, by `ray job submit`; with wait, from its beginning to its end."""
-        command = ["-m", "ray.scripts.scripts", "job", "submit", "--submission-id", job]
-        command += [*([] if wait else ["--no-wait"]), "--working-dir", "."]
+    def submit(self, job: str, storage_path: Path, *flags: str, checkout: Path) -> str:
+        """The log of the job, by `ray job submit`, from its beginning to its end."""
+        command = ["-m", "ray.scripts.scripts", "job", "submit", "--submission-id", job, "--working-dir", "."]
         command += ["--runtime-env", "jobs/runtime_env.yaml", "--", "python", "jobs/subset_pretraining.py"]
         code, said = self.run(*command, "--storage-path", str(storage_path), *FLAGS, *flags, checkout=checkout)
         assert code == 0, said
@@ -95,14 +93,6 @@ class LocalCluster:
 
     def log(self, job: str) -> str:
         return self.get(f"/api/jobs/{job}/logs")["logs"]
-
-    def wait(self, job: str, reached: Callable[[], object]) -> None:
-        """Until that is so; a job that fails before is shown."""
-        until = time.monotonic() + 400
-        while not reached():
-            if time.monotonic() > until or self.get(f"/api/jobs/{job}")["status"] == "FAILED":
-                pytest.fail(f"the point was not reached in time:\n{self.log(job)}")
-            time.sleep(0.5)  # steps are slow, and the job server takes a while of a CPU to answer
 
     def end(self) -> None:
         """As a person does, with Ctrl-C; nothing that it started may live on."""
@@ -171,12 +161,13 @@ def cluster(python_without_package: Path) -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of this repository, with what a user's has beside it."""
+    """Of this repository, with what a user's has beside it and the listener to its steps."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("raysubset", "jobs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", ".gitignore"):
-        shutil.copy(ROOT / name, folder)
+    (folder / "tests").mkdir()
+    for name in ("pyproject.toml", ".gitignore", "tests/__init__.py", "tests/slow_steps.py"):
+        shutil.copy(ROOT / name, folder / name)
     for name in AT_HOME:
         (folder / name).mkdir()
         (folder / name / "file").write_text("must not travel")
@@ -184,8 +175,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unbroken:
-    """A run that nothing happened to."""
+class Finished:
+    """A run that lost a node while its first subsets were at work."""
 
     run: RunDirectory
     log: str
@@ -195,14 +186,31 @@ class Unbroken:
 
 
 @pytest.fixture(scope="module")
-def unbroken(cluster: LocalCluster, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Unbroken:
-    storage_path, nums = tmp_path_factory.mktemp("unbroken"), [len(cluster.workers())]
-    with ThreadPoolExecutor(1) as thread:
-        log = thread.submit(cluster.submit, "whole", storage_path, "--fine-tuning.epochs", "1", checkout=checkout)
-        while not wait([log], timeout=1.0).done:  # a look at all processes takes a tenth of a second of a CPU
-            nums.append(len(cluster.workers()))
-    run = RunDirectory(str(storage_path), "run")
-    return Unbroken(run, log.result(), nums[0], max(nums), cluster.working_dirs())
+def finished(cluster: LocalCluster, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    storage_path, nums = tmp_path_factory.mktemp("finished"), [len(cluster.workers())]
+    run, slow = RunDirectory(str(storage_path), "run"), cluster.env[slow_steps.FOLDER]
+    flags = ("--fine-tuning.epochs", "1", "--actors.on-step", "tests.slow_steps:listen")
+    with ThreadPoolExecutor(1) as thread, contextlib.ExitStack() as at_end:
+        at_end.callback(slow_steps.speed_up, slow, "subsets")
+        slow_steps.slow_down(slow, "subsets", from_step=EPOCH_STEPS)
+        log = thread.submit(cluster.submit, "whole", storage_path, *flags, checkout=checkout)
+
+        def wait(reached: Callable[[], object]) -> None:
+            until = time.monotonic() + 400
+            while not reached():
+                if log.done() or time.monotonic() > until:
+                    pytest.fail(f"the point was not reached in time:\n{log.result() if log.done() else 'it goes on'}")
+                time.sleep(1.0)  # a look at all processes takes a tenth of a second of a CPU
+                nums.append(len(cluster.workers()))
+
+        wait(lambda: len({path.split("/")[3] for path in checkpoints(run)}) > 1)
+        node = cluster.workers()[-1]
+        for process in (node, *node.children(recursive=True)):
+            process.kill()
+        wait(lambda: "starts from its last checkpoint" in cluster.log("whole"))
+        slow_steps.speed_up(slow, "subsets")
+        wait(log.done)
+    return Finished(run, log.result(), nums[0], max(nums), cluster.working_dirs())
 
 
 def subset_works(run: RunDirectory) -> list[Work]:
@@ -213,28 +221,27 @@ def checkpoints(run: RunDirectory) -> set[str]:
     return {path for path in run.list("rounds", recursive=True) if "check" in path}
 
 
-def test_nodes_come_from_none_and_subsets_start_on_the_first_free_slot(unbroken: Unbroken) -> None:
-    assert unbroken.num_before == 0
-    assert 1 <= unbroken.num_most <= MOST_WORKERS
+def test_nodes_come_from_none_and_subsets_start_on_the_first_free_slot(finished: Finished) -> None:
+    assert finished.num_before == 0
+    assert 1 <= finished.num_most <= MOST_WORKERS
     # in a folder that they share, a new node would delete it under the tasks of the others
-    assert len(unbroken.working_dirs) > unbroken.num_most
-    assert re.search("of 1 CPU (each wait|waits) to start", unbroken.log)
-    works = subset_works(unbroken.run)
-    assert [work.outcome for work in works] == ["done"] * NUM_SUBSETS
+    assert len(finished.working_dirs) > finished.num_most
+    assert re.search("of 1 CPU (each wait|waits) to start", finished.log)
+    works = subset_works(finished.run)
     begun = sorted((work.started_at, work.ended_at or 0.0) for work in works)
     for number, (started_at, _) in enumerate(begun):
         at_work = sum(1 for start, end in begun[:number] if end > started_at)
         assert at_work < MOST_WORKERS
-    first_end = min(end for _, end in begun)
+    first_end = min(work.ended_at or 0.0 for work in works if work.outcome == "done")
     later = [started_at for started_at, _ in begun if started_at >= first_end]
     assert len(later) >= NUM_SUBSETS - MOST_WORKERS  # these waited, and then started on a slot that came free
     assert min(later) - first_end < 10
 
 
 def test_a_checkout_is_all_a_job_needs_and_its_log_ends_with_the_report(
-    cluster: LocalCluster, unbroken: Unbroken, capsys: pytest.CaptureFixture[str]
+    cluster: LocalCluster, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, log = unbroken.run, unbroken.log
+    run, log = finished.run, finished.log
     own = [line for line in log.splitlines() if "(raylet)" not in line]
     # no colours, nothing that draws over itself
     assert not any(re.search(r"[\x00-\x08\x0b-\x1f\x7f]", line) for line in own)
@@ -244,7 +251,7 @@ def test_a_checkout_is_all_a_job_needs_and_its_log_ends_with_the_report(
     report = capsys.readouterr().out
     assert "Test accuracy" in report
     assert log.endswith(report)
-    for package in unbroken.working_dirs:
+    for package in finished.working_dirs:
         travelled = {path.name for path in package.iterdir()}
         assert {"raysubset", "jobs", "pyproject.toml"} <= travelled
         assert not travelled & AT_HOME
@@ -266,7 +273,7 @@ def test_what_no_node_type_offers_is_refused_at_the_start(cluster: LocalCluster,
     assert re.search(r"\d × (cpu\.worker|alive) with 1 CPU", said)
 
 
-def test_idle_nodes_go_again(cluster: LocalCluster, unbroken: Unbroken) -> None:
+def test_idle_nodes_go_again(cluster: LocalCluster, finished: Finished) -> None:
     until = time.monotonic() + 60
     while cluster.workers():
         assert time.monotonic() < until, "idle nodes did not go"
@@ -274,25 +281,17 @@ def test_idle_nodes_go_again(cluster: LocalCluster, unbroken: Unbroken) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_death_of_a_node_and_the_end_of_the_cluster_cost_time_and_change_no_bit(
-    cluster: LocalCluster, unbroken: Unbroken, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_death_of_a_node_costs_time_and_changes_no_bit_and_nothing_outlives_the_cluster(
+    cluster: LocalCluster, finished: Finished, tmp_path: Path
 ) -> None:
-    run = RunDirectory(str(tmp_path), "run")
-    flags = ("--fine-tuning.epochs", "0", "--actors.on-step", "tests.slow_steps:listen")
-    slow_steps.slow_down(cluster.env[slow_steps.FOLDER], "subsets", from_step=EPOCH_STEPS)  # until the cluster's end
-    cluster.submit("first", tmp_path, *flags, wait=False)
-    cluster.wait("first", lambda: len({path.split("/")[3] for path in checkpoints(run)}) > 1)
-    cluster.workers()[-1].kill()
-    cluster.wait("first", lambda: "starts from its last checkpoint" in cluster.log("first"))
     cluster.end()
-    assert not run.exists("report.json")
+    outcomes = [work.outcome for work in subset_works(finished.run)]
+    assert set(outcomes) == {"lost", "done"}
+    assert outcomes.count("done") == NUM_SUBSETS
 
     defaults = runpy.run_path(str(ROOT / "jobs" / "subset_pretraining.py"))["CONFIG"]
-    assert run_job(["--storage-path", str(tmp_path), *FLAGS, *flags], default=defaults) == 0  # on the session's Ray
-    assert f"resuming {run.uri}" in capsys.readouterr().err
-    works = subset_works(run)
-    assert {"lost", "done"} <= {work.outcome for work in works}
-    assert [work.outcome for work in works].count("done") == NUM_SUBSETS
+    flags = ["--storage-path", str(tmp_path), *FLAGS, "--fine-tuning.epochs", "0"]
+    assert run_job(flags, default=defaults) == 0  # on the session's Ray
+    undisturbed = RunDirectory(str(tmp_path), "run")
     for path in (*(weights_path(minimum_folder(0, i)) for i in range(NUM_SUBSETS)), aggregate_weights_path(0)):
-        a, b = stored_weights(run, path), stored_weights(unbroken.run, path)
-        assert all(torch.equal(a[key], b[key]) for key in a), path
+        assert same_bits(stored_weights(undisturbed, path), stored_weights(finished.run, path)), path
