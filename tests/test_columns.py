@@ -162,6 +162,10 @@ def test_a_category_that_training_lacks_is_none_with_a_warning():
         (["a", "b", "c"], r"column x of the table has another text in each row \(such as 'a'\).*--data.columns"),
         (["1", "2", "?"], r"\('\?' in row 2 of the table stands among numbers\); .*: correct it"),
         ([[[1]], [[2]]], r"column x of the table holds list<.*list<.*, which is no number.*each number of the lists"),
+        (
+            pa.array([b"\xff", b"\xfe"]).dictionary_encode(),
+            "column x of the table holds dictionary<values=binary.*, which is no",
+        ),
         ([["a"], ["b"]], r"column x of the table holds list<.*string>, which is no number.*each number of the lists"),
         ([[1], None, [2, 3]], r"column x has a list of 2 in row 2 of the table, not 1: give all rows one length"),
         ([[1, 0.5], [1, math.inf]], r"column x\[1\] is inf in row 1 of the table"),

@@ -606,7 +606,7 @@ def test_damage_inside_a_file_never_ends_the_process(tmp_path: Path):
             continue
 
 
-@pytest.mark.parametrize("name", ["label", "sensor"])
+@pytest.mark.parametrize("name", ["image", "label", "sensor"])
 @pytest.mark.parametrize("kind", [".parquet", ".arrow"])
 def test_two_columns_of_one_name_are_refused(tmp_path: Path, name: str, kind: str):
     table = encoded_table(random_images(10), np.arange(10) % 2, sensor=["a"] * 10)

@@ -83,7 +83,8 @@ def named_images(files: DataFiles, config: DataConfig) -> list[str]:
     for members in files.layout.values():
         for member in members:
             schema = read_schema(files, member)
-            if column not in schema.names or not is_string(schema.field(column).type):
+            place = schema.get_field_index(column)  # -1 for none, and for several, which are refused later
+            if place < 0 or not is_string(schema.field(place).type):
                 break  # all files of a split have columns of one kind
             for path, table in read_files(files, [member], lambda _, __: [column], texts=(column,)).items():
                 paths |= dict.fromkeys(with_full_paths(table, column, path).column(column).to_pylist())

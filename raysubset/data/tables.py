@@ -171,8 +171,7 @@ def holds_lists(field: pa.Field) -> bool:
 
 
 def _is_plain(type_: pa.DataType) -> bool:
-    kind = kind_of_column(type_.value_type if pa.types.is_dictionary(type_) else type_)
-    return kind is not None and kind != "list"
+    return kind_of_column(type_) not in (None, "list")
 
 
 def split_names(option: str, text: str | None, columns: Sequence[str]) -> tuple[str, ...]:

@@ -26,7 +26,9 @@ def kind_of_column(type_: pa.DataType) -> Kind | None:
 
     Dates, times and durations convert to seconds; spans of months do not.
     """
-    if is_string(type_) or pa.types.is_dictionary(type_):
+    if pa.types.is_dictionary(type_):
+        return "category" if kind_of_column(type_.value_type) not in (None, "list") else None
+    if is_string(type_):
         return "category"
     if pa.types.is_temporal(type_) and not pa.types.is_interval(type_):
         return "time"
