@@ -45,7 +45,10 @@ class OwnAugmentation:
         function = load_function(_FIELD, self.reference)
         with in_a_line(_FIELD, self.reference):
             augmented = function(dict(rows), generator)
-        self._check(augmented, rows)
+        if (returned := _described(augmented)) != (wanted := _described(rows)):
+            text = f"returned {returned}, and got {wanted}: keep names, types and shapes"
+            remedy = "draw() and batch() of a task of your own may make others, such as two views of an image"
+            raise misfit(_FIELD, self.reference, f"{text}; {remedy}")
         return augmented
 
     def try_on(self, rows: Mapping[str, Tensor]) -> None:
@@ -60,12 +63,6 @@ class OwnAugmentation:
             raise misfit(
                 _FIELD, self.reference, "gave other rows with the same generator: draw from the generator alone"
             )
-
-    def _check(self, augmented: object, rows: Mapping[str, Tensor]) -> None:
-        if (returned := _described(augmented)) != (wanted := _described(rows)):
-            text = f"returned {returned}, and got {wanted}: keep names, types and shapes"
-            remedy = "draw() and batch() of a task of your own may make others, such as two views of an image"
-            raise misfit(_FIELD, self.reference, f"{text}; {remedy}")
 
 
 def _described(rows: object) -> str:

@@ -58,7 +58,8 @@ class FullSet:
     @property
     def quality(self) -> Quality:
         """The metric that verdicts go by."""
-        return self.task.measured_by
+        task = self.task
+        return Quality(task.quality, task.higher_is_better, task.is_share, task.unit, task.margin)
 
     @property
     def strata(self) -> np.ndarray:

@@ -216,7 +216,8 @@ def number_classes(
     texts: dict[SplitName, pa.ChunkedArray] = {}
     notes: list[Note] = []
     for name, values in source.items():
-        if not _has_labels(values):
+        is_integer = pa.types.is_integer(values.type)
+        if values.null_count == len(values) or (is_integer and values.unique().to_pylist() == [UNLABELLED]):
             if name == "train":
                 raise ValueError(f"none of the {len(values)} examples of the train split has a label: give some")
             text = (
@@ -244,12 +245,6 @@ def number_classes(
                 f"or the split with --data.ignored {name}{nearest(text, names)}"
             )
     return numbers, names, (*notes, *naming)
-
-
-def _has_labels(values: pa.ChunkedArray) -> bool:
-    if values.null_count == len(values):
-        return False
-    return not pa.types.is_integer(values.type) or values.unique().to_pylist() != [UNLABELLED]
 
 
 def _as_texts(values: pa.ChunkedArray, where: str) -> pa.ChunkedArray:

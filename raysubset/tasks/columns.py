@@ -319,7 +319,7 @@ class _Reader:
             return InputColumn(name, kind, means, tuple(deviation or 1.0 for deviation in deviations))
         if kind == "time":
             self.note("dates and times are read as numbers of seconds", name)
-        elif self._counts_rows(values):
+        elif self.rows is not None and pa.types.is_integer(values.type) and not np.ptp(float64(values) - self.rows):
             text = "columns that count the rows, and tell the targets if those are sorted; --data.columns names others"
             self.note(text, name, is_warning=True)
         return InputColumn(name, kind, *scales[0])
@@ -341,9 +341,6 @@ class _Reader:
             return mean, 0.0
         self.absent(name, numbers)
         return mean, deviation
-
-    def _counts_rows(self, values: pa.ChunkedArray) -> bool:
-        return self.rows is not None and pa.types.is_integer(values.type) and np.ptp(float64(values) - self.rows) == 0
 
     def standardised(self, name: str, numbers: np.ndarray, mean: float, deviation: float) -> np.ndarray:
         """Return numbers standardised, float64 [N], the missing ones filled in, and note those far from the mean.

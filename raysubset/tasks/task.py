@@ -10,7 +10,6 @@ import pyarrow as pa
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from raysubset.quality import Quality
 from raysubset.tasks.losses import Loss, SquaredError, mean_outputs
 from raysubset.tasks.spec import Spec
 from raysubset.user_code.given import held_objects, is_given
@@ -165,11 +164,6 @@ class Task:
         """Return the description of the data for a report, as JSON."""
         spec = self.spec()
         return {"inputs": list(spec.inputs), "outputs": list(spec.outputs)}
-
-    @property
-    def measured_by(self) -> Quality:
-        """The quality with its direction, format, unit and margin."""
-        return Quality(self.quality, self.higher_is_better, self.is_share, self.unit, self.margin)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle a user's task by its name, so that the loading process looks for the module where this one did.

@@ -197,7 +197,7 @@ class GraphNetwork(nn.Module):
                 raise ValueError(f"its format is {graph['format']!r}, this version reads {_FORMAT}")
             self._graph = graph
             self._tensors = [self._hold(entry["name"], tensors, bool(entry["parameter"])) for entry in graph["tensors"]]
-            self._calls = _parse(graph, len(self._tensors))
+            self._calls = _parse(graph)
             meta_tensors = [getattr(owner, name).to("meta") for owner, name in self._tensors]
             for num in _NUM_TRIED:
                 limited = _Limited(self, graph=self._calls)
@@ -228,7 +228,7 @@ class GraphNetwork(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._calls = _parse(self._graph, len(self._tensors))
+        self._calls = _parse(self._graph)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, and warn that the calls stay those of evaluation: torch.export left out what training adds."""
@@ -258,10 +258,10 @@ class _Limited(fx.Interpreter):
         return value
 
 
-def _parse(graph: Mapping[str, Any], num_tensors: int) -> fx.Graph:
+def _parse(graph: Mapping[str, Any]) -> fx.Graph:
     """Return the graph as torch's, of inputs and tensors. No code is generated of it: an interpreter runs it."""
     calls = fx.Graph()
-    values = [calls.placeholder(f"value_{number}") for number in range(num_tensors + 1)]
+    values = [calls.placeholder(f"value_{number}") for number in range(len(graph["tensors"]) + 1)]
     device = calls.call_function(getattr, (values[0], "device"))
 
     def decoded(argument: Any) -> Any:
