@@ -43,10 +43,8 @@ def to_differences(weights: Weights, start: Weights, names: Collection[str], sen
             packed[_DIFFERENCE + name] = difference.to(torch.bfloat16)
         else:
             scale = difference.abs().max() / _LARGEST if difference.numel() else difference.new_zeros(())
-            packed[_SCALE + name] = scale
-            packed[_DIFFERENCE + name] = (
-                (difference / scale.clamp(min=torch.finfo(scale.dtype).tiny)).round().to(torch.int8)
-            )
+            multiples = difference / scale.clamp(min=torch.finfo(scale.dtype).tiny)
+            packed |= {_SCALE + name: scale, _DIFFERENCE + name: multiples.round().to(torch.int8)}
     return packed
 
 

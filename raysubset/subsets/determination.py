@@ -34,21 +34,18 @@ def advice(num_examples: int, sizes: Sequence[int], num_outputs: int, num_parame
     ]
     if unused := num_examples - sum(sizes):
         lines.append(f"{unused} of the full set's {num_examples} examples are in no subset")
-    notes = [Note(line) for line in lines]
-    num_below = sum(ratio < 1 for ratio in ratios)
+    warnings, num_below = [], sum(ratio < 1 for ratio in ratios)
     if full < 1:
-        text = (
+        warnings.append(
             f"even the full set has Q = {full:.3g} < 1: it does not determine the {num_parameters} weights, "
             f"subsets do so even less, and their minima need not be near the full set's; a smaller model would help"
         )
-        notes.append(Note(text, is_warning=True))
     elif num_below:
-        text = (
+        warnings.append(
             f"{num_below} of {counted(len(sizes), 'subset')} have Q < 1 (from {min(ratios):.3g}): their minima "
             f"need not be near the full set's; give subsets at least {needed} examples, or take a smaller model"
         )
-        notes.append(Note(text, is_warning=True))
-    return notes
+    return [*map(Note, lines), *(Note(text, is_warning=True) for text in warnings)]
 
 
 def missing_class_warnings(subsets: Sequence[Subset], labels: np.ndarray) -> list[Note]:

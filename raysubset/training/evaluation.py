@@ -1,7 +1,7 @@
 """Losses, metrics and batch-norm statistics of a model on examples: forward work only."""
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.utils._pytree import tree_leaves
 
 from raysubset.config import MinimizeConfig
 from raysubset.data import Batches, Examples, even_sizes
@@ -62,7 +63,7 @@ def batch_of(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int
         num, sizes = min(2, len(examples)), [0]
 
         def look(module: nn.Module, inputs: Any, outputs: Any) -> None:
-            sizes.extend(tensor.numel() // num for tensor in _tensors(outputs))
+            sizes.extend(part.numel() // num for part in tree_leaves(outputs) if isinstance(part, Tensor))
 
         inputs, _ = next(iter(examples.in_order([num, len(examples) - num], **layout_of(model, recipe))))
         handle = register_module_forward_hook(look)
@@ -73,15 +74,6 @@ def batch_of(model: nn.Module, examples: Batches, recipe: MinimizeConfig) -> int
             handle.remove()
         _widest[model] = max(sizes)
     return evaluation_batch(examples.task.spec(), _widest[model])
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors that a module returns, also in tuples, lists and dicts."""
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, Mapping | tuple | list):
-        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
-            yield from _tensors(part)
 
 
 @torch.no_grad()  # in inference mode a network could not compute derivatives of its own

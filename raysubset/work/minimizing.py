@@ -19,7 +19,6 @@ from raysubset.models import averaged_names, num_parameters, trainable_names
 from raysubset.pulse import beat, begin
 from raysubset.run_directory import (
     RunDirectory,
-    Seal,
     checkpoint_path,
     history_path,
     minimum_path,
@@ -510,13 +509,13 @@ class Minimizer:
             self._optimizers[self._run.uri, path] = state, num_bytes
 
     def _leave_minimum(self, job: _Job, full_set: FullSet) -> tuple[dict[str, Any], Cost]:
-        """Write the minimum's weights, and what it is measured at; the record that names them is the caller's.
+        """Write the minimum's weights, what it is measured at, and the statistics that the aggregation needs of it.
 
         Returns:
-            The record, and the cost of measuring.
+            The record, which the caller writes, and the cost of measuring.
         """
-        model, piece, examples, start = job.model, job.piece, job.examples, job.start
-        recipe, run, folder = self._config.minimize, self._run, piece.folder
+        model, piece, examples, start, config = job.model, job.piece, job.examples, job.start, self._config
+        recipe, run, folder = config.minimize, self._run, piece.folder
         subset_examples = replace(examples, augment=False)  # the same tensors, or files: no second copy
         weights, send = model.state_dict(), "float32" if start is None else piece.send
         frozen = unchanged_names(weights, job.fixed)
@@ -537,6 +536,14 @@ class Minimizer:
         if "training" in piece.measures:
             training = evaluate(model, subset_examples, recipe).to_dict()
             measured += Cost(num_forward=len(subset_examples))
+        functions = {"fisher": partial(diagonal_fisher, labels=config.aggregation.fisher_labels), "gram": gram_matrices}
+        for kind in piece.statistics:
+            seed = derive_seed(config.seed, kind, piece.round, piece.subset_id or 0)
+            options: dict[str, Any] = {"num_examples": config.aggregation.statistics_examples, "seed": seed}
+            tensors, cost = functions[kind](model, _held(subset_examples), recipe, **options)
+            path = statistics_path(folder, kind)
+            files[path] = run.write_weights(path, tensors, is_durable=is_durable)
+            measured += cost
         record = {
             "subset_id": piece.subset_id,
             "num_examples": len(subset_examples),
@@ -546,30 +553,7 @@ class Minimizer:
             "statistics": list(piece.statistics),
             "files": files,
         }
-        if send != "float32":
-            record["send"] = send
-        return record, measured + self._leave_statistics(model, piece, subset_examples, files, is_durable=is_durable)
-
-    def _leave_statistics(
-        self,
-        model: torch.nn.Module,
-        piece: Piece,
-        subset_examples: Examples | StreamedExamples,
-        files: dict[str, Seal],
-        *,
-        is_durable: bool,
-    ) -> Cost:
-        """Write the statistics of the minimum on its own subset that the aggregation needs; add their seals."""
-        config, aggregation, cost = self._config, self._config.aggregation, Cost()
-        functions = {"fisher": partial(diagonal_fisher, labels=aggregation.fisher_labels), "gram": gram_matrices}
-        for kind in piece.statistics:
-            seed = derive_seed(config.seed, kind, piece.round, piece.subset_id or 0)
-            options: dict[str, Any] = {"num_examples": aggregation.statistics_examples, "seed": seed}
-            tensors, statistics_cost = functions[kind](model, _held(subset_examples), config.minimize, **options)
-            path = statistics_path(piece.folder, kind)
-            files[path] = self._run.write_weights(path, tensors, is_durable=is_durable)
-            cost += statistics_cost
-        return cost
+        return record | ({} if send == "float32" else {"send": send}), measured
 
 
 def _with_weights(state: dict[str, Any], change: Callable[[Weights], Weights]) -> dict[str, Any]:

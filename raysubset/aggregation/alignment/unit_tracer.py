@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Node, map_aggregate, map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from raysubset.training import Weights
 
@@ -338,9 +339,7 @@ def refusal(reason: str) -> ValueError:
 
 def _find(kind: type[T], arguments: Any) -> list[T]:
     """Return all objects of a class in nested arguments, in order."""
-    found: list[T] = []
-    map_aggregate(arguments, lambda argument: found.append(argument) if isinstance(argument, kind) else None)
-    return found
+    return [argument for argument in tree_leaves(arguments) if isinstance(argument, kind)]
 
 
 def _along(units: Units, dim: int) -> Tensor:
