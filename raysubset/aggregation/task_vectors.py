@@ -51,13 +51,12 @@ def ties(
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
     """
-    origin, buffers = _origin("ties", minima, start, parameter_names), mean_of(minima)
-    sums, magnitudes = _zeros(origin), _zeros(origin)
-    num_plus, num_minus = (_zeros(origin, torch.uint8 if len(minima) < 2**8 else torch.int32) for _ in range(2))
-    for _, weights in _load_moved(minima, start):
-        buffers.add(_without(parameter_names, weights))
-        limit = _largest_dropped(weights, origin, density)
-        for place, difference in _differences(weights, origin):
+    vectors = _TaskVectors("ties", minima, start, parameter_names)
+    sums, magnitudes = vectors.zeros(), vectors.zeros()
+    num_plus, num_minus = (vectors.zeros(torch.uint8 if len(minima) < 2**8 else torch.int32) for _ in range(2))
+    for _, weights in vectors.members():
+        limit = vectors.largest_dropped(weights, density)
+        for place, difference in vectors.differences(weights):
             largest = F.hardshrink(difference, limit)
             sums[place].add_(largest)
             num_plus.numpy()[place] += (largest.numpy() > 0).view(np.uint8)  # six times as fast as torch
@@ -65,7 +64,7 @@ def ties(
             magnitudes[place].add_(largest.abs_())
     agreeing = magnitudes.add_(sums.abs()).mul_(0.5)  # the sum of magnitudes of elements that have the sum's sign
     agreeing.div_(torch.where(sums > 0, num_plus, num_minus).clamp_min_(1)).mul_(sums.sign_())
-    return _moved("ties", minima, start, agreeing, scale, buffers, origin)
+    return vectors.aggregate(agreeing, scale)
 
 
 def dare(
@@ -88,17 +87,16 @@ def dare(
     Raises:
         ValueError: if the minima share no start, and as uniform_soup().
     """
-    origin, buffers = _origin("dare", minima, start, parameter_names), mean_of(minima)
+    vectors = _TaskVectors("dare", minima, start, parameter_names)
     num_dropped = min(round(drop * 2**16), 2**16 - 1)  # of 2¹⁶
-    sums = _zeros(origin)
-    for minimum, weights in _load_moved(minima, start):
-        buffers.add(_without(parameter_names, weights))
+    sums = vectors.zeros()
+    for minimum, weights in vectors.members():
         random_words = np.random.SFC64(derive_seed(seed, "dare", minimum.subset_id)).random_raw
-        for place, difference in _differences(weights, origin):
+        for place, difference in vectors.differences(weights):
             is_kept = _draws(random_words, len(difference), num_dropped).astype(difference.numpy().dtype)
             sums[place].addcmul_(difference, torch.from_numpy(is_kept))
     sums /= (1 - num_dropped / 2**16) * len(minima)
-    return _moved("dare", minima, start, sums, scale, buffers, origin)
+    return vectors.aggregate(sums, scale)
 
 
 def savgm(minima: Sequence[Minimum], *, fraction: float, parameter_names: Collection[str]) -> Aggregate:
@@ -119,71 +117,72 @@ def savgm(minima: Sequence[Minimum], *, fraction: float, parameter_names: Collec
     for minimum, weights in load_members(minima):
         part = load_statistics(minimum, "subsample")
         refuse_other_architecture(weights, part)
-        buffers.add(_without(parameter_names, weights))
+        buffers.add({key: value for key, value in weights.items() if key not in parameter_names})
         corrected.add({name: weights[name] for name in parameter_names})
         corrected.add({name: part[name] for name in parameter_names}, -fraction)
     merged = corrected.weights() | buffers.weights()
     return aggregate_of("savgm", minima, merged, [1.0] * len(minima), buffers)
 
 
-def _origin(method: str, minima: Sequence[Minimum], start: Weights, names: Collection[str]) -> Weights:
-    """Return the parameters of the start, which the minima must share."""
-    if not shares_start(minima):
-        raise ValueError(
-            f"{method} works on the minima's differences from their common start, and these share none: use "
-            "subsets.start=shared, or aggregation.method=aligned_soup or select_best"
-        )
-    return {name: start[name] for name in sorted(names) if name in start}
+class _TaskVectors:
+    """The members' parameters less those of their start, as one flat vector each. All else is averaged as it is."""
 
+    def __init__(self, method: str, minima: Sequence[Minimum], start: Weights, names: Collection[str]) -> None:
+        if not shares_start(minima):
+            raise ValueError(
+                f"{method} works on the minima's differences from their common start, and these share none: use "
+                "subsets.start=shared, or aggregation.method=aligned_soup or select_best"
+            )
+        self._method, self._minima, self._start, self._buffers = method, minima, start, mean_of(minima)
+        self._origin = {name: start[name] for name in sorted(names) if name in start}
+        dtypes = (value.dtype for value in self._origin.values())
+        self._dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
 
-def _load_moved(minima: Sequence[Minimum], start: Weights) -> Iterator[tuple[Minimum, Weights]]:
-    """Yield load_members(), refusing other keys and shapes than the start's, and a start that is not finite."""
-    if key := first_not_finite(start, minima[0].keys_averaged(start)):
-        raise ValueError(f"the weights that the minima started from hold NaN or infinity in {key}")
-    for minimum, weights in load_members(minima):
-        refuse_other_architecture(start, weights)
-        yield minimum, weights
+    def zeros(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a vector of zeros, in float32 or a wider type by default."""
+        return torch.zeros(sum(value.numel() for value in self._origin.values()), dtype=dtype or self._dtype)
 
+    def members(self) -> Iterator[tuple[Minimum, Weights]]:
+        """Yield load_members(), refusing other keys and shapes than the start's, and a start that is not finite."""
+        if key := first_not_finite(self._start, self._minima[0].keys_averaged(self._start)):
+            raise ValueError(f"the weights that the minima started from hold NaN or infinity in {key}")
+        for minimum, weights in load_members(self._minima):
+            refuse_other_architecture(self._start, weights)
+            self._buffers.add({key: value for key, value in weights.items() if key not in self._origin})
+            yield minimum, weights
 
-def _dtype(origin: Weights) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (value.dtype for value in origin.values()), torch.float32)
+    def differences(self, weights: Weights) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a member's vector in blocks of BLOCK elements, each with its place. Blocks share one memory."""
+        block = torch.empty(BLOCK, dtype=self._dtype)
+        first = filled = 0
+        for name, start in self._origin.items():
+            member_part, start = weights[name].reshape(-1), start.reshape(-1)
+            while len(member_part):
+                free = BLOCK - filled
+                part = block[filled : filled + len(member_part)]
+                torch.sub(member_part[:free].to(block.dtype), start[:free], out=part)
+                member_part, start, filled = member_part[free:], start[free:], filled + len(part)
+                if filled == BLOCK:
+                    yield slice(first, first + BLOCK), block
+                    first, filled = first + BLOCK, 0
+        if filled:
+            yield slice(first, first + filled), block[:filled]
 
+    def largest_dropped(self, weights: Weights, density: float) -> float:
+        """Return a magnitude that only the elements to keep exceed; 0 if fewer elements have moved at all."""
+        magnitudes = self.zeros()
+        for place, difference in self.differences(weights):
+            magnitudes[place] = difference.abs_()
+        ordered, num_kept = magnitudes.numpy(), max(1, round(density * len(magnitudes)))
+        ordered.partition(-num_kept)
+        return float(np.nextafter(ordered[-num_kept], ordered.dtype.type(0)))
 
-def _zeros(origin: Weights, dtype: torch.dtype | None = None) -> Tensor:
-    """Return a flat vector of zeros for all these parameters, in float32 or a wider type by default."""
-    return torch.zeros(sum(value.numel() for value in origin.values()), dtype=dtype or _dtype(origin))
-
-
-def _differences(weights: Weights, origin: Weights) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the flat task vector in blocks of BLOCK elements, each with its place. Blocks share one memory."""
-    block = torch.empty(BLOCK, dtype=_dtype(origin))
-    first = filled = 0
-    for name, start in origin.items():
-        member_part, start = weights[name].reshape(-1), start.reshape(-1)
-        while len(member_part):
-            free = BLOCK - filled
-            part = block[filled : filled + len(member_part)]
-            torch.sub(member_part[:free].to(block.dtype), start[:free], out=part)
-            member_part, start, filled = member_part[free:], start[free:], filled + len(part)
-            if filled == BLOCK:
-                yield slice(first, first + BLOCK), block
-                first, filled = first + BLOCK, 0
-    if filled:
-        yield slice(first, first + filled), block[:filled]
-
-
-def _without(names: Collection[str], weights: Weights) -> Weights:
-    return {key: value for key, value in weights.items() if key not in names}
-
-
-def _largest_dropped(weights: Weights, origin: Weights, density: float) -> float:
-    """Return a magnitude that only the elements to keep exceed; 0 if fewer elements have moved at all."""
-    magnitudes = _zeros(origin)
-    for place, difference in _differences(weights, origin):
-        magnitudes[place] = difference.abs_()
-    ordered, num_kept = magnitudes.numpy(), max(1, round(density * len(magnitudes)))
-    ordered.partition(-num_kept)
-    return float(np.nextafter(ordered[-num_kept], ordered.dtype.type(0)))
+    def aggregate(self, vector: Tensor, scale: float) -> Aggregate:
+        """Return the aggregate whose parameters are the start's plus `scale` times the merged vector."""
+        weights, sizes = dict(self._buffers.weights()), [value.numel() for value in self._origin.values()]
+        for (name, value), part in zip(self._origin.items(), vector.split(sizes), strict=True):
+            weights[name] = torch.add(value, part.view(value.shape), alpha=scale).to(value.dtype)
+        return aggregate_of(self._method, self._minima, weights, [1.0] * len(self._minima), self._buffers)
 
 
 def _draws(random_words: Callable[[int], np.ndarray], num: int, num_dropped: int) -> np.ndarray:
@@ -198,19 +197,3 @@ def _draws(random_words: Callable[[int], np.ndarray], num: int, num_dropped: int
         random = random_words(num_words)
         is_kept = is_kept & random if digit == "1" else is_kept | random
     return np.unpackbits(is_kept.astype("<u8").view(np.uint8), count=num, bitorder="little")
-
-
-def _moved(
-    method: str,
-    minima: Sequence[Minimum],
-    start: Weights,
-    vector: Tensor,
-    scale: float,
-    buffers: RunningMean,
-    origin: Weights,
-) -> Aggregate:
-    """Return the aggregate of θ_0 plus the merged task vector."""
-    weights = dict(buffers.weights())
-    for (name, value), part in zip(origin.items(), vector.split([v.numel() for v in origin.values()]), strict=True):
-        weights[name] = torch.add(value, part.view(value.shape), alpha=scale).to(value.dtype)
-    return aggregate_of(method, minima, weights, [1.0] * len(minima), buffers)
