@@ -31,8 +31,7 @@ class Networks:
         self, config: Config, full_set: FullSet, weights: Weights, device: torch.device, *, place_in_pack: int = 0
     ) -> nn.Module:
         """Return a network with these weights, on the device, valid until the next call for this place in a pack."""
-        layout = config.minimize.channels_last, config.minimize.whole_loop is not None  # which changes the layout
-        key = (config.model, full_set.spec, layout, device)
+        key = (config.model, full_set.spec)
         is_users_code = config.model.is_function or any(field.startswith("minimize.") for field in config.functions())
         if is_users_code:
             key = (*key, config.seed)
@@ -41,15 +40,13 @@ class Networks:
             self._key = key
         if is_users_code:
             model = self._copy(config, full_set)
-            model.load_state_dict(weights)
-            return place(model, device, channels_last=config.minimize.channels_last)
-        while len(self._networks) <= place_in_pack:
-            model = place(random_model(config, full_set), device, channels_last=config.minimize.channels_last)
-            self._networks.append(model)
-        model = self._networks[place_in_pack].train().requires_grad_()  # as build_model() returns ours
-        model.zero_grad()
+        else:
+            while len(self._networks) <= place_in_pack:
+                self._networks.append(random_model(config, full_set))
+            model = self._networks[place_in_pack].train().requires_grad_()  # as build_model() returns ours
+            model.zero_grad()
         model.load_state_dict(weights)
-        return place(model, device, channels_last=config.minimize.channels_last) if layout[1] else model
+        return place(model, device, channels_last=config.minimize.channels_last)  # other loops change the layout
 
     def forget(self) -> None:
         """Drop all networks: after an exception their state is unknown."""
