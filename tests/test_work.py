@@ -101,6 +101,16 @@ def test_a_piece_that_was_stopped_resumes_to_the_same_bits_and_all_its_work_is_c
     assert sum(work.cost.num_forward for work in works) == at_once.cost.num_forward
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_minimizer_whose_device_is_missing_has_no_work_to_stop_for(
+    full_set: FullSet, start: Weights, directory: RunDirectory
+) -> None:
+    without = Minimizer(lambda: full_set, num_gpus=1, node="there")
+    with pytest.raises(torch.AcceleratorError, match="torch .* sees none"):
+        without.minimize([piece(directory, 0)], start, attempts=[0], waited_s=0.0)
+    assert not without.is_busy  # else a signal would wait for a step
+
+
 @pytest.mark.parametrize("measures", [("validation",), ("training", "validation")])
 def test_a_stage_of_ray_train_is_measured_on_what_its_piece_names(
     full_set: FullSet, start: Weights, directory: RunDirectory, measures: tuple[Measure, ...]
