@@ -295,6 +295,8 @@ class TestPiece:
     """
 
     __test__ = False  # or pytest would take it for a test
+    folder = "test"
+    ledger_key: ClassVar[tuple[Stage, int, None]] = ("test", 0, None)
 
     config: Config = field(repr=False)
     of: Output
@@ -304,14 +306,6 @@ class TestPiece:
     @property
     def directory(self) -> RunDirectory:
         return self.of.directory
-
-    @property
-    def ledger_key(self) -> tuple[Stage, int, None]:
-        return "test", 0, None
-
-    @property
-    def folder(self) -> str:
-        return "test"
 
     def record(self) -> dict[str, Any] | None:
         """Return the metrics; None if the split was not read yet. The final reading is repeated if its actor dies."""
