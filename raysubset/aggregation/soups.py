@@ -23,7 +23,7 @@ def select_best(minima: Sequence[Minimum]) -> Aggregate:
     """Return the minimum of least validation loss. It needs no shared start.
 
     Raises:
-        ValueError: if none has a finite loss, or the best one holds NaN.
+        ValueError: if there is no minimum, none has a finite loss, or the best one holds NaN.
     """
     best = by_validation_loss(minima)[0]
     return Aggregate("select_best", load_member(best), (best.subset_id,), (1.0,), shares_start(minima))
@@ -85,8 +85,10 @@ def by_validation_loss(minima: Sequence[Minimum]) -> list[Minimum]:
     """Return the minima, the best first. Those whose loss is not finite come last. Ties are ordered by subset id.
 
     Raises:
-        ValueError: if none has a finite loss.
+        ValueError: if there is no minimum, or none has a finite loss.
     """
+    if not minima:
+        raise ValueError("there is no minimum to choose from")
     if not any(math.isfinite(m.validated().loss) for m in minima):
         raise ValueError(f"none of the {len(minima)} minima has a finite validation loss: lower minimize.learning_rate")
     return sorted(minima, key=lambda minimum: (minimum.validated().compared_loss, minimum.subset_id))
