@@ -106,7 +106,7 @@ def test_a_minimizer_whose_device_is_missing_has_no_work_to_stop_for(
     full_set: FullSet, start: Weights, directory: RunDirectory
 ) -> None:
     without = Minimizer(lambda: full_set, num_gpus=1, node="there")
-    with pytest.raises(torch.AcceleratorError, match="torch .* sees none"):
+    with pytest.raises(torch.AcceleratorError, match=r"torch .* sees none"):
         without.minimize([piece(directory, 0)], start, attempts=[0], waited_s=0.0)
     assert not without.is_busy  # else a signal would wait for a step
 
