@@ -68,7 +68,6 @@ def test_a_measurement_that_fails_is_closed_in_the_ledger(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(node_speeds, "call_on_cluster", call_on_cluster)
     monkeypatch.setattr(node_speeds, "node_types", lambda: [nodes("T4", 1)])
-    monkeypatch.setattr(node_speeds, "refuse_unplaceable", lambda *arguments: None)
     monkeypatch.setattr(node_speeds, "address_of", lambda node_id: "10.0.0.1")
     config, full_set = Config().with_overrides({"subsets.shares": "measured"}), cast(Any, None)
     run = Run(config, RunDirectory(str(tmp_path), "run"), full_set, [], lambda event: None)

@@ -26,10 +26,10 @@ _KEEPER = f"import sys; sys.path.insert(0, {_ROOT!r}); from raysubset.cluster.ow
 class OwnNode:
     """Ray's processes on this machine, from now to the end of the block. If this process dies they end as well."""
 
-    def __init__(self, *, num_cpus: int | None = None, num_gpus: int | None = None, **more: Any) -> None:
-        """None counts the machine's; `more` are other RayParams, as JSON has them. The environment, with Ray's token,
-        is this process's as it is now."""
-        self._params = json.dumps({"num_cpus": num_cpus, "num_gpus": num_gpus} | more)
+    def __init__(self, **params: Any) -> None:
+        """Give RayParams as JSON has them; CPUs and GPUs are by default the machine's. The environment, with Ray's
+        token, is this process's as it is now."""
+        self._params = json.dumps(params)
         self._environment = dict(os.environ)
         self._address = ""
         self._start()

@@ -10,7 +10,7 @@ import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from raysubset.cluster.resources import WAIT_NOTICE_S, describe, free_resources, refuse_unplaceable
+from raysubset.cluster.resources import WAIT_NOTICE_S, describe, free_resources
 from raysubset.errors import note_place
 from raysubset.events import OnEvent, Waiting
 from raysubset.user_code.given import held_objects, hold
@@ -70,14 +70,13 @@ def call_on_cluster(
     timeout_s: float,
     node_id: str | None = None,
 ) -> Any:
-    """Call function(value, *arguments) in a task with these resources, which reads the value from the object store.
+    """Call function(value, *arguments) in a task with these resources, which the cluster has or can start.
 
-    The task runs on the node of that id, or on any. Until it ends, `tell` gets a message every WAIT_NOTICE_S. If its
-    process or node dies Ray runs it again, three times at most; a task for a node that has gone fails. If the driver
-    ends, so does the task.
+    The task reads the value from the object store. It runs on the node of that id, or on any. Until it ends, `tell`
+    gets a message every WAIT_NOTICE_S. If its process or node dies Ray runs it again, three times at most; a task for a
+    node that has gone fails. If the driver ends, so does the task.
 
     Raises:
-        ValueError: if it can never be placed.
         TimeoutError: if it has not ended after timeout_s. It is cancelled.
     """
     place: Any = NodeAffinitySchedulingStrategy(node_id, soft=False) if node_id else OUTSIDE_GROUPS
@@ -97,7 +96,6 @@ def call_on_cluster(
             note_place(error)
             raise
 
-    refuse_unplaceable(request, "measuring tasks")
     result_ref: Any = call.remote(workplace(), value_ref, *arguments)
     task, ends_at = f"a task of {describe(request)}", time.monotonic() + timeout_s
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, node_types, refuse_unplaceable
+from raysubset.cluster import NodeType, address_of, call_on_cluster, describe, node_types
 from raysubset.config import Config, SubsetsConfig
 from raysubset.data import FullSet
 from raysubset.training import Cost, Progress, card_bytes, minimize, place, use_device
@@ -79,10 +79,9 @@ def decide_slots(run: Run, indices: np.ndarray, *, num_gpus: float, num_subsets:
         num_subsets: the most slots that are returned.
 
     Raises:
-        ValueError: if an actor can never be placed, or there is no node to weigh or measure.
+        ValueError: if there is no node to weigh or measure.
     """
     config, request = run.config, {"CPU": run.config.actors.num_cpus, "GPU": num_gpus}
-    refuse_unplaceable(request, "subset actors")
 
     def measure(kind: NodeType) -> float:
         node_id = kind.node_ids[0]
