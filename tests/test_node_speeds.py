@@ -200,7 +200,7 @@ def test_a_node_takes_first_what_was_sized_for_its_speed_and_then_whatever_there
 
     def take(speed: float | None) -> int | None:
         due = backlog.take(speed)
-        return due[0].pieces[0].subset_id if due else None
+        return due[0].pieces[0].ledger_key[2] if due else None
 
     assert [take(1.0), take(1.9), take(1.0), take(1.0), take(3.5), take(1.0)] == [2, 1, 4, 0, 3, None]
 
@@ -209,4 +209,4 @@ def test_pieces_are_given_out_in_their_order_where_sizes_are_equal():
     backlog = Backlog(in_packs([piece(i) for i in range(3)], 1))
     backlog.put_back(Pack((piece(9),)), in_s=60)
     taken = [backlog.take(speed) for speed in (None, 2.0, None, None)]
-    assert [due[0].pieces[0].subset_id if due else None for due in taken] == [0, 1, 2, None]
+    assert [due[0].pieces[0].ledger_key[2] if due else None for due in taken] == [0, 1, 2, None]
