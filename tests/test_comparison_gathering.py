@@ -24,6 +24,7 @@ from raysubset.quality import ACCURACY, Quality
 from raysubset.report import comparison_sections
 from raysubset.run_directory import COMPARISON_PATH, RunDirectory
 from raysubset.run_directory.ledger import Work
+from raysubset.run_directory.shapes import refuse_other_values
 from raysubset.sweeping import sweep
 from raysubset.training import Cost
 from tests.test_comparison_arms import leg
@@ -182,6 +183,13 @@ def test_numbers_of_a_comparison_are_in_the_qualitys_units(compared: Compared):
     assert "reads" not in told
     assert "accuracy" not in told
     assert "%" not in told.replace("95 %", "").replace("94%", "")
+
+
+def test_a_regime_whose_sentence_is_no_text_is_damage(compared: Compared):
+    record = compared(R2, 0.8)
+    record["regime"]["sentence"] = 3
+    with pytest.raises(ValueError, match="sentence"):
+        refuse_other_values(COMPARISON_PATH, record)
 
 
 def test_ledgers_are_read_with_many_requests_at_a_time_once_each(compared: Compared, monkeypatch: pytest.MonkeyPatch):

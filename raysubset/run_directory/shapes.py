@@ -91,7 +91,7 @@ _NETWORK = {"bandwidths": [_NUMBER], "rows": [_ON_NETWORK]} | _all(_NUMBER, "s_p
 _LEG = _all(str, "kind stage") | {"round": int, "subset": (int,), "num_workers": _COUNT, "inputs": [str]}
 _FASTEST = {"arm": str, "seconds": _NUMBER}
 _AT_BANDWIDTH = {"gbit_per_s": _NUMBER, "ways": {"*": _FASTEST}, "fastest": [str]}
-_REGIME = {"overdetermination_ratio": _RATIOS, "text?": str, "by_bandwidth?": [_AT_BANDWIDTH]}
+_REGIME = {"overdetermination_ratio": _RATIOS, "sentence?": str, "by_bandwidth?": [_AT_BANDWIDTH]}
 _COMPARISON = (
     _HEAD
     | {"config": _CONFIG | {"minimize": {"batch_size": int}}, "environment": (_ENVIRONMENT,)}
