@@ -391,8 +391,13 @@ def test_the_page_and_its_plot_lie_in_the_sweeps_directory(tmp_path: Path) -> No
     record = read_report(str(tmp_path / "a-sweep"))
     record["trials"][-1]["state"] = "pruned"
     assert "--sizes 100 400 5000 --prune" in sweep_command(record, Config().to_dict())
-    RunDirectory.at(record["uri"]).write_json(SWEEP_PATH, record | {"seeds": [5, 1]})
-    assert "in Python: sweep(…, seeds=[1, 5])" in Path(write_files(record["uri"])).read_text()
+    drawn = record["space"] | {"minimize.momentum": [0.8, 0.85, 0.9]}  # one for each of the three sizes
+    for setting in record["settings"]:
+        setting["overrides"]["minimize.momentum"] = 0.8
+    RunDirectory.at(record["uri"]).write_json(SWEEP_PATH, record | {"seeds": [5, 1], "space": drawn})
+    page = Path(write_files(record["uri"])).read_text()
+    assert "in Python: sweep(…, seeds=[1, 5])" in page
+    assert "It runs all 9 combinations of values that were drawn together" in page
 
 
 def test_costs_are_shares_of_the_conventional_run_where_a_sweep_has_one(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Build the page of a run, comparison or sweep: its report's sections, and more from files in its directory."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -134,8 +135,10 @@ def _sweep_page(directory: RunDirectory, record: Record) -> Page:
     table, *others, verdict = sweep_sections(record)
     varied = (f"{key}: {', '.join(map(str, values))}" for key, values in record["space"].items())
     settings = dataclasses.replace(table, title="Settings")
-    again = (above_command("sweep", record["seeds"]), sweep_command(record, directory.read_config()))
-    parts = (settings, *others, *_trials(directory, record), Section("Recipe", lines=again))
+    again = [above_command("sweep", record["seeds"]), sweep_command(record, directory.read_config())]
+    if (num := math.prod(map(len, record["space"].values()))) > len(record["settings"]):
+        again.append(f"It runs all {num} combinations of values that were drawn together in Python (num_samples).")
+    parts = (settings, *others, *_trials(directory, record), Section("Recipe", lines=tuple(again)))
     facts = (("varied", "; ".join(varied)), *_facts(directory, record))
     return Page(table.title, verdict.lines, parts, facts=facts)
 
