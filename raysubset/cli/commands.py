@@ -428,7 +428,3 @@ def _error(text: str) -> None:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-if __name__ == "__main__":
-    main()

@@ -89,13 +89,10 @@ def gap_over_q(record: Record) -> Plot | None:
     return Plot(caption + about_law, (chart,))
 
 
-def _validation_label(record: Record) -> str:
-    return "validation loss" if (name := loss_name(record)) == "loss" else f"validation loss, {name}"
-
-
 def line_plot(record: Record, line: Sequence[Record], subset_ids: Sequence[int]) -> Plot:
     """Draw the loss along the straight line between two minima, which line_between_minima() measured."""
-    chart = Chart("", _validation_label(record), log="y")
+    loss = loss_name(record)
+    chart = Chart("", "validation loss" if loss == "loss" else f"validation loss, {loss}", log="y")
     losses = [(point["share"], finite(point["loss"])) for point in line]
     chart.line([losses[0], losses[-1]], GREY, "no barrier", dash="2 4")
     names = [f"{share:.0%} of subset {subset_ids[1]}" for share, _ in losses]
