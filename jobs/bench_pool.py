@@ -87,10 +87,10 @@ def measured(config: Config, num_pieces: int, full_set: Any, full_set_ref: Any) 
             Pack((Piece(config, run.directory, "subsets", subset_id=i, indices=indices),)) for i in range(num_pieces)
         ]
         with ActorPool(run, num_gpus=0.0) as pool:
-            for _ in pool.run(packs[:8], None, keep=1e9):  # actors come up
+            for _ in pool.run(packs[:8], keep=1e9):  # actors come up
                 pass
             before_mb, before_s, began = resident_mb(), cpu_s(), time.perf_counter()
-            for piece, record in pool.run(packs[8:], None, keep=1e9):
+            for piece, record in pool.run(packs[8:], keep=1e9):
                 assert isinstance(piece, Piece)
                 listen(minimum_done(piece, record, full_set.quality, ""))
             used_s, wall_s, more_mb = cpu_s() - before_s, time.perf_counter() - began, resident_mb() - before_mb

@@ -37,11 +37,9 @@ def kind_of(name: str) -> Literal["named", "function", "path"]:
         return "named"
     if "://" not in name and "/" not in name and ":" in name:
         return "function"
-    if (
-        "/" in name
-        or name.lower().endswith((*TABLE_SUFFIXES, *TEXT_SUFFIXES))
-        or os.path.exists(os.path.expanduser(name))
-    ):
+    if "/" in name or name.lower().endswith((*TABLE_SUFFIXES, *TEXT_SUFFIXES)):
+        return "path"
+    if os.path.exists(os.path.expanduser(name)):
         return "path"
     raise ValueError(
         f"data.name = {name!r} is not one of {', '.join(DATA_NAMES)}, nor a path, a URI or package.module:function"

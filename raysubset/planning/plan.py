@@ -76,8 +76,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     num, share = num_parameters(model), forward_share(model, full_set.spec)
     subsets = cut_subsets(config, full_set, 0, shares=shares)
     sizes = [len(subset.indices) for subset in subsets]
-    quorum = config.actors.quorum
-    if quorum is not None and quorum > len(sizes):
+    if (quorum := config.actors.quorum or 0) > len(sizes):
         raise ValueError(f"actors.quorum = {quorum} exceeds the number of subsets, {len(sizes)}: give at most that")
     refuse_contradictions(config)
     method_notes = refuse_unfit_methods(config, full_set, model)
@@ -88,9 +87,7 @@ def make_plan(config: Config, full_set: FullSet, *, shares: Sequence[float] | No
     notes = [*start_note(config, full_set), *method_notes, *findings(config, full_set, model)]
     statistics, lines = _statistics(config, full_set, model)
     if config.method == "subset_pretraining":
-        missing = list[Note]()
-        if full_set.task.class_names:
-            missing = missing_class_warnings(subsets, full_set.strata)
+        missing = missing_class_warnings(subsets, full_set.strata) if full_set.task.class_names else []
         measuring = _measuring_advice(config, full_set, sizes, model, share)
         steps = _few_steps_warning(config, min(sizes))
         lines = [*advice(num_train, sizes, num_outputs, num), *missing, *steps, *measuring, *lines]

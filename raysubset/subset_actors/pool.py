@@ -266,9 +266,7 @@ class ActorPool:
 
     def _leave_draining_nodes(self) -> None:
         """Let actors on draining nodes write a checkpoint, so that their pieces move in time."""
-        crew = self._crew
-        if not (crew.num_up and (draining := draining_nodes())):
-            return
+        crew, draining = self._crew, draining_nodes()
         for slot in [slot for slot in crew.idle if slot.place["node"] in draining]:
             crew.release(slot)
         for slot in crew.busy.values():
