@@ -20,6 +20,7 @@ from tests.flags import parse_config
 FOLDER = Path(__file__).parents[1] / "jobs" / "own_code"
 FILES = sorted(path.name for path in FOLDER.glob("*.py"))
 IN_PYTHON = "own_objects.py"  # which a script runs, not a command
+SMALL = {"own_texts.py": {"model.width": 16, "model.depth": 1}}  # what would take ten seconds of a CPU as it stands
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +41,7 @@ def config_of(name: str) -> Config:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != IN_PYTHON])
 def test_each_names_its_own_code_passes_the_trials_of_a_plan_and_lowers_the_loss(name):
-    config = config_of(name)
+    config = config_of(name).with_overrides(SMALL.get(name, {}))
     assert {reference.partition(":")[0] for reference in config.functions().values()} == {Path(name).stem}
     _plan_and_learn(config)
 
