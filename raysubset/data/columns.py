@@ -8,13 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysubset.config import TABLE_SUFFIXES, DataConfig
-from raysubset.data.files import (
-    describe_files,
-    not_streamed,
-    read_files,
-    read_named_file,
-    read_schema,
-)
+from raysubset.data.files import describe_files, not_streamed, read_files, read_named_file, read_schema
 from raysubset.data.finding import DataFiles, find_files
 from raysubset.data.image_columns import image_column, images_of, plain, with_full_paths
 from raysubset.data.images import EncodedImages

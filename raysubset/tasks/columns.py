@@ -166,12 +166,7 @@ class Columns(Protocol):
 
 
 def fit_columns(
-    table: Columns,
-    names: Sequence[str],
-    *,
-    missing: Missing,
-    where: str = "the table",
-    rows: np.ndarray | None = None,
+    table: Columns, names: Sequence[str], *, missing: Missing, where: str = "the table", rows: np.ndarray | None = None
 ) -> tuple[TableInputs, tuple[Note, ...]]:
     """Decide from training rows how columns become features, and return notes on what was decided.
 
