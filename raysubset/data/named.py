@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,29 +123,29 @@ def _read(
     name: str, root: Path, files: list[Path], *, train: bool, download: bool
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...] | None]:
     """Read pixels, labels and class names of a split. MNIST's are None: its "0 - zero" repeats the labels."""
-    from torchvision import datasets  # imports torch._dynamo, which takes two seconds of a CPU
-
     class_name, _, file_names = _SETS[name]
-    reader: Any = getattr(datasets, class_name)
-    if file_names != _IDX_FILES:
-        dataset = reader(root, train=train, download=download)
-        return np.asarray(dataset.data), np.asarray(dataset.targets), tuple(dataset.classes)
-    if download:
-        reader(root, train=train, download=True)
-    from torchvision.datasets.mnist import read_image_file, read_label_file
+    if download or file_names != _IDX_FILES:
+        from torchvision import datasets  # imports torch._dynamo, which takes two seconds of a CPU
 
-    # not by reader(root), which prefers the files of early versions in processed/, and `files` does not list those
+        dataset: Any = getattr(datasets, class_name)(root, train=train, download=download)
+        if file_names != _IDX_FILES:
+            return np.asarray(dataset.data), np.asarray(dataset.targets), tuple(dataset.classes)
     images, labels = (path for path in files if path.name.startswith("train" if train else "t10k"))
-    pixels, numbers = _of_idx(read_image_file, images), _of_idx(read_label_file, labels)
+    pixels, numbers = _of_idx(images, 3), _of_idx(labels, 1).astype(np.int64)
     if len(pixels) != len(numbers):
         raise ValueError(f"{images.name} has {len(pixels)} images, and {labels.name} {len(numbers)} labels")
-    return pixels, numbers, None if name == "mnist" else tuple(reader.classes)
+    return pixels, numbers, _FASHION if name == "fashion_mnist" else None
 
 
-def _of_idx(read_file: Callable[[str], Any], path: Path) -> np.ndarray:
+def _of_idx(path: Path, num_dimensions: int) -> np.ndarray:
+    """Read an IDX file: its type (8: bytes) and number of dimensions, their lengths, and the values, uint8."""
+    data = path.read_bytes()
     try:
-        return read_file(str(path)).numpy()
-    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
+        if data[:4] != bytes([0, 0, 8, num_dimensions]):
+            raise ValueError(f"it begins with {data[:4]!r}")
+        lengths = np.frombuffer(data, ">u4", num_dimensions, offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + lengths.nbytes).reshape(lengths)
+    except ValueError as error:
         raise ValueError(f"{path.name} is no whole IDX file of bytes: {first_line(error)}") from error
 
 
@@ -157,6 +156,7 @@ def torchvision_files(name: str, root: str) -> list[Path]:
 
 
 _IDX_FILES = tuple(f"{part}-{what}-ubyte" for part in ("train", "t10k") for what in ("images-idx3", "labels-idx1"))
+_FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 _CIFAR10_FILES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta")
 _SETS = {  # torchvision's class, its folder and its files
     "mnist": ("MNIST", "MNIST/raw", _IDX_FILES),
