@@ -366,6 +366,7 @@ def test_a_file_that_config_writes_gives_the_settings_it_was_written_with(
         ("subsets: {num: 3}\nsubsets.num: 4\n", "subsets.num is given twice"),
         ("subsets: 3\nsubsets.num: 4\n", "subsets is a group of settings: give single ones, such as subsets.num"),
         ("a: [", "is no YAML"),
+        ("a: &a\n  b: *a\n", "recursion"),
         ("subsets.nmu: 4", "did you mean subsets.num?"),
         ("minimize:\n  learning_rate: fast", "learning_rate = 'fast' should be float"),
     ],
@@ -380,8 +381,10 @@ def test_what_is_wrong_with_a_yaml_file_is_told(tmp_path: Path, text: str, told:
 
 def test_yaml_says_what_people_mean(tmp_path: Path):
     path = tmp_path / "mine.yml"
-    path.write_text("# comments\nname: None\nminimize:\n  learning_rate: 1e-3\nsubsets.num: 3\n")
-    overrides = {"minimize.learning_rate": 0.001, "subsets.num": 3}
+    anchored = "trunk: &full\n  epochs: 2\n  learning_rate: 0.05\nfine_tuning:\n  <<: *full\n  epochs: 3\n"
+    path.write_text(f"# comments\nname: None\nminimize:\n  learning_rate: 1e-3\nsubsets.num: 3\n{anchored}")
+    overrides = {"minimize.learning_rate": 0.001, "subsets.num": 3, "trunk.epochs": 2, "trunk.learning_rate": 0.05}
+    overrides |= {"fine_tuning.epochs": 3, "fine_tuning.learning_rate": 0.05}
     assert parse_config(["--config", str(path)]) == Config().with_overrides(overrides)
 
 

@@ -32,7 +32,7 @@ def read_config(path: str, default: Config) -> Config:
         tree = tree["config"]  # a run's config.json or report.json
     try:
         return default.with_overrides(_settings({} if tree is None else tree))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # a YAML file may hold itself
         raise ValueError(f"--config {path}: {error}") from error
 
 
@@ -48,7 +48,8 @@ def _of_yaml(text: str) -> Any:
         """PyYAML's own loader reads 1e-3 as text, and keeps the last of two values with one name."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            keys = (key for key, _ in node.value if not key.tag.endswith(":merge"))  # <<: what it gives may be set anew
+            names = [self.construct_object(key, deep=True) for key in keys]
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"{name} is given twice")
