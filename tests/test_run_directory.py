@@ -91,6 +91,12 @@ class TestPlaces:
     def test_a_file_uri_is_a_local_path(self, tmp_path):
         RunDirectory(f"file://{tmp_path}/with%20space", "run").write_bytes("a", b"1")
         assert (tmp_path / "with space" / "run" / "a").read_bytes() == b"1"
+        assert RunDirectory.at("file:///run").uri == "/run"
+
+    @pytest.mark.parametrize("uri", ["file://tmp/results", "file://~/results", "file://results"])
+    def test_a_file_uri_with_two_slashes_is_refused_as_its_first_folder_would_be_left_out(self, uri):
+        with pytest.raises(ValueError, match="names a host: write file:///…, or the path alone"):
+            RunDirectory(uri, "run")
 
     def test_pickling_carries_the_place_to_another_home(self, monkeypatch, tmp_path):
         monkeypatch.setenv("HOME", str(tmp_path))

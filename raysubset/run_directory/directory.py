@@ -62,13 +62,17 @@ class RunDirectory:
 
         Raises:
             ValueError: if the URI's credentials contain an unescaped delimiter, such as a "/" that is not written %2F;
-                or if the name is not a plain folder name, as a record that somebody else wrote may hold.
+                if a file's URI names a host; or if the name is not a plain folder name, as a record that somebody else
+                wrote may hold.
         """
         if "/" in name or name in (".", ".."):
             raise ValueError(f"{name!r} in {shown(storage_path)} is no plain name of a folder")
         scheme, mark, _ = storage_path.partition("://")
         if mark and scheme == "file":
-            storage_path, mark = urllib.parse.unquote(urllib.parse.urlsplit(storage_path).path), ""
+            uri = urllib.parse.urlsplit(storage_path)
+            if uri.netloc not in ("", "localhost"):
+                raise ValueError(f"{shown(storage_path)} names a host: write file:///…, or the path alone")
+            storage_path, mark = urllib.parse.unquote(uri.path) or "/", ""
         if mark:
             refuse_ambiguous(storage_path)
         self.storage_path = storage_path if mark else os.path.abspath(os.path.expanduser(storage_path))
