@@ -23,7 +23,17 @@ from raysubset.run_directory import RunDirectory, aggregate_weights_path, minima
 from raysubset.subset_actors import Backlog, Pack
 from raysubset.tasks import Spec
 from raysubset.training import Distillation, Weights, evaluate, forward_share, minimize, why_not_packed
-from raysubset.work import AggregatePiece, Minimizer, Piece, Run, leave_aggregate, leave_test, seeded_model
+from raysubset.work import (
+    AggregatePiece,
+    Minimizer,
+    Output,
+    Piece,
+    Run,
+    TestPiece,
+    leave_aggregate,
+    leave_test,
+    seeded_model,
+)
 
 MODULE = """
 import numpy as np
@@ -338,8 +348,8 @@ def test_a_method_trains_a_task_or_says_why_not_before_it_begins(task: str, meth
     if config.fine_tuning.epochs:
         weights = fine_tuned(config, full_set, directory, records[-1]).state_dict()
     assert all(value.isfinite().all() for value in weights.values())
-    metrics, _ = leave_test(full_set, 0, config, directory, weights, node="here")
-    assert math.isfinite(metrics.values[quality])
+    test = TestPiece(config, Output(directory, "", ""), "test", is_final=True)
+    assert math.isfinite(leave_test(full_set, 0, test, weights, node="here")["metrics"][quality])
 
 
 def test_auto_says_which_methods_it_goes_without() -> None:

@@ -33,7 +33,7 @@ from raysubset.tasks import (
 )
 from raysubset.tasks.inputs import _factors
 from raysubset.training import diagonal_fisher, evaluate, gram_matrices, minimize, minimize_packed, place
-from raysubset.work import AggregatePiece, Minimizer, Piece, leave_aggregate, leave_test
+from raysubset.work import AggregatePiece, Minimizer, Piece, TestPiece, leave_aggregate, leave_test
 from tests.card import CARD, OnCard, card
 from tests.tiny import cnn, examples, noisy_network, same_bits, through_a_file
 
@@ -239,8 +239,9 @@ def test_a_rounds_work_has_the_same_results_on_a_card(method: str, tmp_path: Pat
         teachers = tuple(member.output for member in members)
         tuning = Piece(config, run, "fine_tuning", start=piece.output, teachers=teachers, by_train=True)
         tuned = minimizer.minimize([tuning], None, attempts=[0], waited_s=0.0)
-        metrics, _ = leave_test(full_set, num_gpus, config, run, made.aggregate.weights, node="n")
+        test = TestPiece(config, piece.output, "test", is_final=True)
+        tested = leave_test(full_set, num_gpus, test, made.aggregate.weights, node="n")
         measured = [(each["training"], each["validation"]) for each in cast(Any, (*records, *tuned))]
-        return [made.aggregate.weights, measured, record["aggregation"]["validation"], metrics.to_dict()]
+        return [made.aggregate.weights, measured, record["aggregation"]["validation"], tested["metrics"]]
 
     on_both(do)

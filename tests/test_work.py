@@ -44,7 +44,6 @@ from raysubset.work import (
     TestPiece,
     cut_subsets,
     leave_aggregate,
-    leave_metrics,
     leave_test,
     perturbed,
 )
@@ -306,9 +305,10 @@ def one_round(config: Config, full_set: FullSet, directory: RunDirectory) -> tup
     members = tuple(Piece(config, directory, "subsets", subset_id=one.id, **options) for one in plan.subsets)
     for member in members:
         doer.minimize([member], start, attempts=[0], waited_s=0.0)
-    made, _ = leave_aggregate(full_set, 0, AggregatePiece(config, directory, members), start, node="there")
+    round = AggregatePiece(config, directory, members)
+    made, _ = leave_aggregate(full_set, 0, round, start, node="there")
     assert isinstance(made, Aggregation)
-    leave_test(full_set, 0, config, directory, made.aggregate.weights, node="there")
+    leave_test(full_set, 0, TestPiece(config, round.output, "test", is_final=True), node="there")
     works = Ledger(directory).read()
     return made, sum(work.cost.passes(len(full_set.train), plan.forward_share) for work in works)
 
@@ -401,13 +401,13 @@ def test_an_aggregate_and_a_test_are_left_with_their_entries(
     assert record["minima"] == wanted
     assert round.record() == directory.read_json(round.output.record_path)
     assert same_bits(stored_weights(directory, aggregate_weights_path(0)), mean.weights())
-    metrics, files = leave_test(full_set, 0, CONFIG, directory, made.aggregate.weights, node="there")
-    test = TestPiece(CONFIG, round.output, "test")
-    assert leave_metrics(full_set, 0, test) == test.record() == metrics.to_dict()
+    final, test = (TestPiece(CONFIG, round.output, "test", is_final=is_final) for is_final in (True, False))
+    tested = leave_test(full_set, 0, final, made.aggregate.weights, node="there")
+    assert leave_test(full_set, 0, test, node="there") == test.record() == tested["metrics"]
     model = build_model(CONFIG.model, full_set.spec)
     model.load_state_dict(made.aggregate.weights)
-    assert metrics.sums == evaluate(model, full_set.examples("test"), CONFIG.minimize).sums
-    assert all(directory.exists(path) for path in files)
+    assert tested["metrics"].items() >= evaluate(model, full_set.examples("test"), CONFIG.minimize).sums.items()
+    assert all(directory.exists(path) for path in tested["files"])
     works = {work.stage: work for work in Ledger(directory).read()}
     assert {(works[stage].node, works[stage].device) for stage in ("aggregation", "test")} == {("there", "cpu")}
     assert works["test"].cost.num_forward == len(full_set.test)

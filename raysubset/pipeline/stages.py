@@ -304,15 +304,15 @@ class _Stages:
     def _test(self, output: Output, weights: Weights) -> tuple[dict[str, Any], dict[str, Seal]]:
         """Call leave_test() in this process, or in an actor if actors have GPUs. Return its metrics and files."""
         run = self._run
+        piece = TestPiece(run.config, output, "test", is_final=True)
         if self._decisions.num_gpus:
-            piece = TestPiece(run.config, output, "test", is_final=True)
             with self._pool() as pool:
                 ((_, record),) = pool.run([Pack((piece,))])
             return record["metrics"], record["files"]
         num_threads = torch.get_num_threads()
         try:
-            metrics, files = leave_test(run.full_set, 0, run.config, run.directory, weights, node=own_address())
-            return metrics.to_dict(), files
+            record = leave_test(run.full_set, 0, piece, weights, node=own_address())
+            return record["metrics"], record["files"]
         finally:
             torch.set_num_threads(num_threads)  # the process is the caller's
 

@@ -27,7 +27,6 @@ from raysubset.work import (
     TestPiece,
     TrialPiece,
     leave_aggregate,
-    leave_metrics,
     leave_test,
 )
 
@@ -140,8 +139,4 @@ class SubsetActor:
             networks = self._minimizer.networks
             return [leave_aggregate(full_set, self._num_gpus, piece, start, networks=networks, **place)[1]]
         assert isinstance(piece, TestPiece)
-        if not piece.is_final:
-            return [leave_metrics(full_set, self._num_gpus, piece)]
-        work = (full_set, self._num_gpus, piece.config, piece.directory, piece.of.weights())
-        metrics, files = leave_test(*work, **place)
-        return [{"metrics": metrics.to_dict(), "files": files}]
+        return [leave_test(full_set, self._num_gpus, piece, **place)]

@@ -3,7 +3,7 @@
 minimizer = Minimizer(lambda: full_set, num_gpus=0, node="here")
 (record,) = minimizer.minimize([Piece(config, directory, "trunk")], None, attempts=[0], waited_s=0.0)
 aggregation, record = leave_aggregate(full_set, 0, AggregatePiece(config, directory, members), node="here")
-metrics, files = leave_test(full_set, 0, config, directory, aggregation.aggregate.weights, node="here")
+record = leave_test(full_set, 0, TestPiece(config, output, "test", is_final=True), node="here")
 """
 
 from raysubset.work.aggregating import leave_aggregate, placed_model
@@ -37,5 +37,5 @@ from raysubset.work.starting import (
     weights_fingerprint,
     weights_name,
 )
-from raysubset.work.testing import leave_metrics, leave_test, test_weights
+from raysubset.work.testing import leave_test, test_weights
 from raysubset.work.trained import distillation_of, leave_trained

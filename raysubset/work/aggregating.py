@@ -32,10 +32,8 @@ def leave_aggregate(
     piece: AggregatePiece,
     start: Weights | None = None,
     *,
-    node: str,
-    waited_s: float = 0.0,
-    attempt: int | None = None,
     networks: Networks | None = None,
+    **place: Any,
 ) -> tuple[Aggregation, dict[str, Any]]:
     """Aggregate a round's minima, on the device Ray gave this process, and write weights, ledger entry and record.
 
@@ -43,16 +41,15 @@ def leave_aggregate(
 
     Args:
         start: the weights that the members started from, if loaded already; None: the piece names them.
-        attempt: the number of its ledger entry; None: the next.
         networks: this process's cache of networks.
+        place: node, and if it is known attempt and waited_s, of the ledger entry.
 
     Returns:
         The aggregation, and the record.
     """
     config, directory, round = piece.config, piece.directory, piece.round
     device = use_device(num_gpus=num_gpus, num_threads=config.actors.num_cpus)
-    entry: dict[str, Any] = {"device": device_name(device), "node": node, "waited_s": waited_s, "attempt": attempt}
-    with Ledger(directory).recorded("aggregation", round, **entry) as close:
+    with Ledger(directory).recorded("aggregation", round, device=device_name(device), **place) as close:
         start = piece.start_weights(full_set) if start is None else start
         model = (networks or Networks()).placed(config, full_set, start, device)
         scorer = Scorer(

@@ -1,4 +1,4 @@
-"""leave_test(): scores the final model on the test split, in this process."""
+"""leave_test(): scores weights on the test split, in this process."""
 
 import time
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raysubset.config import Config
 from raysubset.data import FullSet
-from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH, RunDirectory, Seal
+from raysubset.run_directory import MISTAKES_PATH, PREDICTIONS_PATH
 from raysubset.run_directory.ledger import Ledger
 from raysubset.tasks import added
 from raysubset.training import Cost, Metrics, Weights, device_name, metrics_of_outputs, predict
@@ -21,30 +21,29 @@ MOST_OUTPUT_BYTES = 2**26  # of outputs that are kept at a time
 
 
 def leave_test(
-    full_set: FullSet, num_gpus: float, config: Config, directory: RunDirectory, weights: Weights, **place: Any
-) -> tuple[Metrics, dict[str, Seal]]:
-    """Score the final model on the test split, as leave_aggregate() works, and write ledger entry and predictions.
+    full_set: FullSet, num_gpus: float, piece: TestPiece, weights: Weights | None = None, **place: Any
+) -> dict[str, Any]:
+    """Score weights on the test split, on the device Ray gave this process, and write what the piece leaves.
 
     Args:
+        weights: of the piece's output, if they are loaded already.
         place: node, and if it is known attempt and waited_s, of the ledger entry.
 
     Returns:
-        The metrics, and the seals of the tables by path.
+        The metrics; of a final reading "metrics", and "files", the seals of the tables by path.
     """
+    config, directory = piece.config, piece.directory
     placed = placed_model(full_set, num_gpus, config)
+    weights = piece.of.weights() if weights is None else weights
+    if not piece.is_final:
+        record = test_weights(full_set, placed, config, weights)[0].to_dict()
+        directory.write_json(TEST_PATH, record)
+        return record
     with Ledger(directory).recorded("test", 0, device=device_name(placed[1]), **place) as close:
         metrics, cost, tables = test_weights(full_set, placed, config, weights)
         files = {path: directory.write_table(path, table) for path, table in tables.items()}
         close(cost)
-    return metrics, files
-
-
-def leave_metrics(full_set: FullSet, num_gpus: float, piece: TestPiece) -> dict[str, Any]:
-    """Score the weights of another piece of work on the test split, and write the metrics beside them."""
-    placed = placed_model(full_set, num_gpus, piece.config)
-    record = test_weights(full_set, placed, piece.config, piece.of.weights())[0].to_dict()
-    piece.directory.write_json(TEST_PATH, record)
-    return record
+    return {"metrics": metrics.to_dict(), "files": files}
 
 
 def test_weights(

@@ -105,14 +105,14 @@ def test_an_actor_can_read_the_test_split_for_the_run_and_leaves_entry_and_predi
     weights, path = seeded_model(config, full_set).state_dict(), weights_path("fine_tuning")
     seal = directory.write_weights(path, weights)
     directory.write_json("trained.json", {"files": {path: seal}})
-    output = Output(directory, "trained.json", path)
+    test = TestPiece(config, Output(directory, "trained.json", path), "test", is_final=True)
     opened = Run(config, directory, full_set, put_once(full_set), lambda event: None)
     with ActorPool(opened, num_gpus=0.0) as pool:
-        ((_, record),) = pool.run([Pack((TestPiece(config, output, "test", is_final=True),))])
+        ((_, record),) = pool.run([Pack((test,))])
     ((work,), predictions) = Ledger(directory).read(), directory.read_table(PREDICTIONS_PATH)
     assert (work.stage, work.attempt, work.outcome, work.cost.num_forward) == ("test", 0, "done", len(full_set.test))
     assert work.num_network_bytes >= size_of(seal)
-    assert record["metrics"] == leave_test(full_set, 0, config, directory, weights, node="here")[0].to_dict()
+    assert record["metrics"] == leave_test(full_set, 0, test, node="here")["metrics"]
     assert directory.read_table(PREDICTIONS_PATH) == predictions
     assert record["files"].keys() == {PREDICTIONS_PATH, MISTAKES_PATH}
 
