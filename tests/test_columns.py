@@ -234,6 +234,7 @@ def test_a_text_of_more_values_than_a_hundred_is_refused():
     ("table", "message"),
     [
         ({"agee": [1]}, "rows should have a column age, and has agee; did you mean agee"),
+        ({"age": pa.array(["x"], pa.string_view()), "sex": ["f"]}, "column age of rows holds string_view, such as 'x'"),
         ({"age": ["x"], "sex": ["f"]}, "column age of rows holds string, such as 'x'; in training it was numbers"),
         ({"age": [1], "sex": [1]}, "column sex of rows holds int64, such as 1; in training it was text"),
         ({"age": [datetime.date.today()], "sex": ["f"]}, "column age of rows holds date32.* it was numbers"),

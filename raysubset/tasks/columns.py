@@ -450,7 +450,7 @@ class _Reader:
 
     def _refuse_other(self, name: str, values: pa.ChunkedArray, kind: Kind) -> None:
         if kind_of_column(values.type) != kind and not pa.types.is_null(values.type):
-            stray = self._stray_text(values) if is_string(values.type) else ""
+            stray = self._stray_text(values.cast(pa.string())) if is_string(values.type) else ""
             text = f"column {name} of {self.where} holds {values.type}{'' if stray else such_as(values)}"
             stray = f" ({stray}: correct it)" if stray else ""
             raise ValueError(f"{text}; in training it was {_IN_WORDS[kind]}{stray}")
