@@ -318,6 +318,7 @@ INDEPENDENT = {"subsets.start": "independent", "trunk.epochs": 0.0, "aggregation
         ({"minimize.accumulation": 65}, "minimize.accumulation = 65 exceeds minimize.batch_size = 64"),
         ({"minimize.optimizer": "cg", "minimize.clip_norm": 1.0}, "minimize.clip_norm is for steps on batches"),
         ({"subsets.num": 2, "actors.quorum": 3}, "actors.quorum = 3 exceeds subsets.num = 2"),
+        ({"subsets.shares": "A100=3, A100=1"}, "like A100=3.5,T4=1, each once"),
     ],
 )
 def test_parts_that_contradict_each_other_are_refused_with_a_way_out(overrides, message):

@@ -219,9 +219,9 @@ class SubsetsConfig(Part, prefix="subsets."):
         """Return the speeds by accelerator type, or None if shares gives none."""
         if self.shares in ("equal", "measured"):
             return None
-        pairs = (part.partition("=") for part in self.shares.split(","))
+        pairs = [part.partition("=") for part in self.shares.split(",")]
         with suppress(ValueError):
             speeds = {name.strip(): float(value) for name, _, value in pairs}
-            if all(name and 0 < value < math.inf for name, value in speeds.items()):
+            if len(speeds) == len(pairs) and all(name and 0 < value < math.inf for name, value in speeds.items()):
                 return speeds
-        raise ValueError(f"subsets.shares = {self.shares!r} should be equal, measured, or like A100=3.5,T4=1")
+        raise ValueError(f"subsets.shares = {self.shares!r} should be equal, measured or like A100=3.5,T4=1, each once")
