@@ -36,19 +36,14 @@ class Interval:
 
 
 def t_interval(values: Sequence[float], *, step: float = 0.0) -> Interval:
-    """Return the mean with Student's t interval. A single value, or one that is not finite, gives (-inf, inf).
+    """Return the mean of at least one value with Student's t interval; one alone, or not finite, gives (-inf, inf).
 
     Args:
         step: what one test example changes in a value. Equal values are no certainty: one of them then counts as a
             step off, as the next that could have been found.
-
-    Raises:
-        ValueError: if there is no value.
     """
     from scipy import stats
 
-    if not values:
-        raise ValueError("an interval needs at least one value")
     mean = statistics.fmean(values)
     if len(values) == 1 or not math.isfinite(mean):
         return Interval(mean, -math.inf, math.inf, COVERAGE, len(values))

@@ -37,19 +37,16 @@ def run_trial(parameters: Mapping[str, Any], *, tasks: Mapping[str, Task], pulse
     A process that stands still is killed by a TrialsLookout, whose key is `pulses`.
     """
     name = parameters["trial"]["name"]
+    task = tasks[name]
     with trial_seen(pulses, name):
-        _run(tasks[name])
-
-
-def _run(task: Task) -> None:
-    full_set, config = get_shared(task.full_set_ref), task.config
-    directory = RunDirectory(config.storage_path, config.run_name())
-    reports = Reports(directory, full_set.quality, num_train=len(full_set.train), forward_share=task.forward_share)
-    objects = {"full_set_ref": task.full_set_ref, "trunk": task.trunk}
-    report = run(config, on_event=reports, accept_changed_code=task.accept_changed_code, **objects)
-    reports.flush()
-    passes = {"passes": report.passes, "critical_path_passes": report.critical_path_passes}
-    tune.report({"stage": "done", **passes, **_measured(report.record["validation"], full_set.quality)})
+        full_set, config = get_shared(task.full_set_ref), task.config
+        directory = RunDirectory(config.storage_path, config.run_name())
+        reports = Reports(directory, full_set.quality, num_train=len(full_set.train), forward_share=task.forward_share)
+        objects = {"full_set_ref": task.full_set_ref, "trunk": task.trunk}
+        report = run(config, on_event=reports, accept_changed_code=task.accept_changed_code, **objects)
+        reports.flush()
+        passes = {"passes": report.passes, "critical_path_passes": report.critical_path_passes}
+        tune.report({"stage": "done", **passes, **_measured(report.record["validation"], full_set.quality)})
 
 
 class Reports:
