@@ -41,7 +41,7 @@ def test_mlflow_has_the_minima_the_aggregate_and_the_report_of_a_run(
 
 
 def test_rounds_of_growing_length_follow_one_another() -> None:
-    """By rounds of equal length the last ones of few epochs and of many would lie on one another."""
+    """Counted as rounds of equal length they would leave gaps, or lie on one another."""
     config = Config().with_overrides({"minimize.epochs": 4.0, "rounds.num": 4, "rounds.lengths": "quadratic"})
     drawing, curves, steps, lengths = Drawing(config, None, [25]), Curves(config, ACCURACY), list[int](), list[int]()
     for round in range(4):
