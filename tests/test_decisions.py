@@ -56,13 +56,13 @@ def test_several_workers_fine_tune_where_they_save_more_than_ray_train_takes_to_
     made._run.ledger.write(replace(worked(1e6), subset=1))  # on a node that was busy
     assert made.num_workers(num_teachers=0) == num
     assert notes[-1].startswith(f"fine_tuning.num_workers=auto: {num} of at most 8; alone it is some ")
-    record = made.to_dict()
+    record = dict(made.record)
     assert record["alone_s"] == pytest.approx(alone_s)
 
     made._run.ledger.write(replace(worked(1e-3), subset=2))
     again = Decisions(made._run, plan)  # a later session is as fast as it likes
     assert again.num_workers(num_teachers=0) == num
-    assert again.to_dict() == record
+    assert again.record == record
     assert again.may_go_alone == (num == 1)
 
 
@@ -80,7 +80,7 @@ def test_workers_of_a_streamed_set_leave_a_cpu_to_the_tasks_that_read_it(
     for streamed, most in ((False, 2), (True, 1)):
         config = Config(data=DataConfig(name="images.parquet", streamed=streamed))
         run = Run(config, RunDirectory(str(tmp_path), f"{most}"), full_set, (), lambda event: None)
-        assert Decisions(run, plan).to_dict()["most_workers"] == most
+        assert Decisions(run, plan).record["most_workers"] == most
 
 
 def test_what_was_asked_for_or_decided_before_is_kept_without_a_word(

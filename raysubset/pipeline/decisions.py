@@ -56,24 +56,24 @@ class Decisions:
             ValueError: if no CPU would be left beside the Ray Train workers to read the streamed examples.
         """
         self._run, self._plan = run, plan
-        self._record: dict[str, Any] = run.directory.read_json_or_none(DECISIONS_PATH) or {}
+        self.record: dict[str, Any] = run.directory.read_json_or_none(DECISIONS_PATH) or {}  # that of decisions.json
         self._decide("num_gpus", self._first)
 
     def _decide(self, name: str, decide: Callable[[], dict[str, Any]]) -> None:
         """Add what decide() returns to the record and write it, unless the record has the name."""
-        if name not in self._record:
-            self._record |= decide()
-            self._run.directory.write_json(DECISIONS_PATH, self._record)
+        if name not in self.record:
+            self.record |= decide()
+            self._run.directory.write_json(DECISIONS_PATH, self.record)
 
     @property
     def num_gpus(self) -> float:
         """GPUs of an actor, and of a Ray Train worker."""
-        return self._record["num_gpus"]
+        return self.record["num_gpus"]
 
     @property
     def may_go_alone(self) -> bool:
         """Return True if one actor alone may do the fine-tuning."""
-        return bool(self._run.config.fine_tuning.epochs) and self._record.get("num_workers", 1) == 1
+        return bool(self._run.config.fine_tuning.epochs) and self.record.get("num_workers", 1) == 1
 
     def num_workers(self, *, num_teachers: int) -> int:
         """Return the number of workers of fine-tuning, as set or decided once by the time one would take. Report it.
@@ -82,15 +82,15 @@ class Decisions:
             num_teachers: number of minima that fine-tuning learns from.
         """
         self._decide("num_workers", lambda: self._workers(num_teachers))
-        num = self._record["num_workers"]
-        if (alone_s := self._record.get("alone_s")) is not None:
-            most = self._record["most_workers"]
+        num = self.record["num_workers"]
+        if (alone_s := self.record.get("alone_s")) is not None:
+            most = self.record["most_workers"]
             text = f"fine_tuning.num_workers=auto: {num} of at most {most}; alone it is some {alone_s:.2g} s of work, "
             self._run.tell(Note(f"{text}Ray Train takes some {TRAIN_START_S:g} s to start several"))
         return num
 
     def _workers(self, num_teachers: int) -> dict[str, Any]:
-        run, epochs, most = self._run, self._run.config.fine_tuning.epochs, self._record["most_workers"]
+        run, epochs, most = self._run, self._run.config.fine_tuning.epochs, self.record["most_workers"]
         num_train, share = len(run.full_set.train), self._plan.forward_share
         costs = [work.cost for work in run.ledger.read() if work.outcome == "done" and work.cost.num_backward]
         rates = [cost.passes(num_train, share) / cost.device_s for cost in costs if cost.device_s > 0]
@@ -104,16 +104,12 @@ class Decisions:
     @property
     def shares(self) -> list[float] | None:
         """Relative sizes of the subsets, by subset id; None if all subsets have the same size."""
-        return self._record.get("shares")
+        return self.record.get("shares")
 
     @property
     def slots(self) -> list[Slot]:
         """The slots that the subsets are sized for; empty if all subsets have the same size."""
-        return [Slot(**record) for record in self._record.get("slots", [])]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record that decisions.json holds."""
-        return dict(self._record)
+        return [Slot(**record) for record in self.record.get("slots", [])]
 
     def decide_sizes(self) -> None:
         """Weigh or measure the nodes' speeds, unless that is decided already."""
@@ -132,7 +128,7 @@ class Decisions:
         if num_wanted == 1:
             return 1
         self._decide("packing", lambda: {"packing": packing_decision(self._run, pool, pieces)})
-        decision = self._record["packing"]
+        decision = self.record["packing"]
         self._run.tell(Note(packing_note(decision)))
         return num_wanted if decision["taken"] else 1
 

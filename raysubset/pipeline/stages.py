@@ -268,7 +268,7 @@ class _Stages:
             "method": config.method,
             "config": self._directory.read_config(),
             "environment": self._directory.read_json_or_none(ENVIRONMENT_PATH),
-            "decisions": self._decisions.to_dict(),
+            "decisions": self._decisions.record,
             "task": task_record(full_set),
             "data": data_record(full_set),
             "model": {"name": architecture(config.model, full_set.spec).name, **plan.network},
