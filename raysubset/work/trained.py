@@ -42,15 +42,14 @@ def leaves_out(piece: Piece, model: nn.Module, recipe: MinimizeConfig, full_set:
     """Return True if steps may leave out parameters, by a trial or an earlier attempt. All workers decide alike."""
     if ":" not in piece.config.model.name:
         return False
-    may_leave_out = piece.directory.exists(left_out_path(piece.stage))
-    if not may_leave_out:
-        may_leave_out = bool(try_training(copied(model).cpu(), recipe, full_set.sample()).left_out)
+    did_before = piece.directory.exists(left_out_path(piece.stage))
+    may_leave_out = did_before or bool(try_training(copied(model).cpu(), recipe, full_set.sample()).left_out)
     device = next(model.parameters()).device
     return bool(shard.sum(torch.tensor(float(may_leave_out), device=device)).item())
 
 
 def evaluate_together(
-    model: nn.Module, examples: Examples, recipe: MinimizeConfig, shard: Shard, *, counts: bool = True
+    model: nn.Module, examples: Examples, recipe: MinimizeConfig, shard: Shard, *, counts: bool
 ) -> Metrics:
     """Return metrics on the examples of all workers. Each scores its own, with the first one's running statistics.
 
