@@ -76,8 +76,7 @@ def _of_aggregation(last: Record, quality: Quality) -> Iterator[str | Note]:
         )
     barrier = aggregation["barrier"]
     if barrier is None or not math.isfinite(barrier):
-        text = "the plain mean has no finite loss: the minima lie too far apart to be averaged."
-        yield Note(text, is_warning=True)
+        yield Note("the plain mean has no finite loss: the minima lie too far apart to be averaged.", is_warning=True)
     elif barrier > 0:
         yield (
             f"The plain mean's loss is {barrier:.4f} above the mean member's: the minima lie too far apart. Try more "

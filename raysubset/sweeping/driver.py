@@ -124,8 +124,7 @@ def sweep(
         sessions.started_up()
         full_set_refs = {learned: put_once(full_set) for learned, full_set in full_sets.items()}
         at_once, slots_each = _divide_cluster(trials, tell)
-        text = f"{at_once} of {len(trials)} trials at once, of at most {slots_each} actors or workers each"
-        tell(Note(text))
+        tell(Note(f"{at_once} of {len(trials)} trials at once, of at most {slots_each} actors or workers each"))
         trunks = _run_trunks(trials, full_sets, full_set_refs, directory, tell)
         tasks = {}
         for trial in trials:  # with no more actors at a time than a trial has places: the field shapes no result
@@ -336,7 +335,7 @@ def _gather(
 
     `losses` is what _different_losses() returns: if they differ there is no recommendation.
     """
-    records: list[Record] = []
+    records, swept, conventional = list[Record](), list[Record](), list[Record]()
     for trial in trials:
         record: Record = {"name": trial.name, "uri": trial.directory.uri}
         record |= {"overrides": dict(trial.overrides), "seed": trial.seed, "state": "pruned"}
@@ -344,9 +343,8 @@ def _gather(
             record |= {"state": "done", **trial_measures(report)}
         elif trial.name in errors:
             record |= {"state": "failed", "error": errors[trial.name]}
+        (conventional if trial.is_baseline else swept).append(record)
         records.append(record)
-    swept = [record for record, trial in zip(records, trials, strict=True) if not trial.is_baseline]
-    conventional = [record for record in records if record not in swept]
     settings = settings_of(swept, quality)
     return {
         "space": {key: list(dict.fromkeys(trial["overrides"][key] for trial in swept)) for key in space},
