@@ -18,7 +18,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from raysubset.config import Config
+from raysubset.config import Config, ModelConfig
+from raysubset.fingerprints import entries
 from raysubset.report import list_runs
 from raysubset.run_directory import (
     FORMAT,
@@ -35,6 +36,7 @@ from raysubset.run_directory import (
 )
 from raysubset.run_directory.recent import RECENT
 from raysubset.run_directory.seals import seal_of
+from raysubset.work import weights_fingerprint
 
 FOLDER = minimum_folder(0, 7)
 CONFIG = Config().to_dict()
@@ -92,6 +94,15 @@ class TestPlaces:
         RunDirectory(f"file://{tmp_path}/with%20space", "run").write_bytes("a", b"1")
         assert (tmp_path / "with space" / "run" / "a").read_bytes() == b"1"
         assert RunDirectory.at("file:///run").uri == "/run"
+
+    @pytest.mark.parametrize("path", ["net of mine.pt", "folder/net.pt"])
+    def test_weights_to_start_from_may_lie_in_a_bucket_itself_and_have_options_of_its_server(self, s3_endpoint, path):
+        folder, _, name = f"s3://bucket/{path}".rpartition("/")
+        options = f"?endpoint_override={s3_endpoint}&scheme=http"
+        RunDirectory.at(f"{folder}{options}").write_bytes(name, b"weights")
+        named = weights_fingerprint(ModelConfig(weights=f"{folder}/{name}{options}"))
+        assert [entry.size for entry in entries(named).values()] == [len(b"weights")]
+        assert RunDirectory.at("s3://bucket").uri == RunDirectory.at("s3://bucket/").uri == "s3://bucket/"
 
     @pytest.mark.parametrize("uri", ["file://tmp/results", "file://~/results", "file://results"])
     def test_a_file_uri_with_two_slashes_is_refused_as_its_first_folder_would_be_left_out(self, uri):

@@ -82,9 +82,11 @@ class RunDirectory:
 
     @classmethod
     def at(cls, uri: str) -> "RunDirectory":
-        """Return the run directory at a path or URI that ends with its name, such as `uri`."""
+        """Return the run directory at a path or URI that ends with its name, such as `uri`; or a whole bucket."""
         path, mark, query = uri.partition("?") if "://" in uri else (os.path.abspath(os.path.expanduser(uri)), "", "")
         storage_path, _, name = path.rstrip("/").rpartition("/")
+        if "://" in uri and "://" not in storage_path:
+            return cls(uri, "")
         return cls((storage_path or "/") + mark + query, urllib.parse.unquote(name) if "://" in uri else name)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,7 +118,7 @@ class RunDirectory:
                 f"storage_path of {scheme}:// cannot be opened ({type(error).__name__}): use a path, s3://… or gs://…"
             )
             raise ValueError(text) from None
-        return filesystem, f"{folder.rstrip('/')}/{self.name}"
+        return filesystem, f"{folder.rstrip('/')}/{self.name}".rstrip("/")
 
     def _at(self, path: str) -> tuple[pafs.FileSystem, str]:
         if path.startswith("/") or ".." in path.split("/"):  # the path comes from a record that somebody else wrote

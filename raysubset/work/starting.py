@@ -153,13 +153,12 @@ def _weights_file(config: ModelConfig) -> tuple[RunDirectory, str]:
     directory = RunDirectory.at(config.weights)
     if directory.exists(MODEL_PATH):
         return directory, MODEL_PATH
-    folder, _, name = directory.uri.rpartition("/")
-    if not name.endswith((".safetensors", ".pt", ".pth")) or not directory.exists(""):
+    if not directory.name.endswith((".safetensors", ".pt", ".pth")) or not directory.exists(""):
         raise ValueError(
             f"model.weights = {config.weights}: that path has neither a finished run nor a file of weights "
             "(.safetensors, .pt, .pth)"
         )
-    return RunDirectory.at(folder), name
+    return RunDirectory.at(directory.storage_path), directory.name
 
 
 def _pretrained_file(name: str) -> tuple[RunDirectory, str]:
