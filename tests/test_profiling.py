@@ -3,11 +3,14 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from raysubset.config import Config
 from raysubset.data import load_full_set
+from raysubset.pipeline.stages import _Stages
 from raysubset.run_directory import TRACES_FOLDER, RunDirectory, trace_path, weights_path
 from raysubset.work import Minimizer, Piece
 from tests.flags import parse_config
@@ -56,3 +59,12 @@ def test_profile_is_short_for_the_field_which_shapes_no_result():
     config = parse_config(["--profile", "3"])
     assert config.actors.profile == 3
     assert config.run_name() == Config().run_name()
+
+
+def test_a_note_names_traces_by_uris_that_open_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, notes = RunDirectory("s3://key:secret@bucket/a?region=x", "run"), list[str]()
+    monkeypatch.setattr(directory, "list", lambda folder: [f"{folder}/trunk.json.gz"])
+    config = Config().with_overrides({"actors.profile": 5})
+    stages = SimpleNamespace(_config=config, _directory=directory, _tell=lambda event: notes.append(event.text))
+    assert _Stages._traces(cast(Any, stages)) == {"traces": ["profiles/trunk.json.gz"]}
+    assert notes == ["traces of 5 steps, for Perfetto: s3://bucket/a/run/profiles/trunk.json.gz?region=x"]

@@ -294,7 +294,7 @@ class _Stages:
         if not (num := self._config.actors.profile):
             return {}
         traces = self._directory.list(TRACES_FOLDER)
-        places = ", ".join(f"{self._directory.uri}/{path}" for path in traces)
+        places = ", ".join(uris.shown(self._directory.below(path)) for path in traces)
         text = f"traces of {num} steps, for Perfetto: {places}"
         if not traces:
             text = f"--profile {num} traced nothing: the stages were done before, or had few steps"
