@@ -11,7 +11,6 @@ from typing import Any, cast
 import pyarrow.fs as pafs
 import pytest
 import torch
-from torch import nn
 
 from raysubset.comparison import gathering, sizes_of
 from raysubset.comparison.network import Exchange
@@ -35,7 +34,6 @@ from raysubset.run_directory.ledger import Ledger
 from raysubset.run_directory.patience import Patience, Patient
 from raysubset.run_directory.recent import Recent
 from raysubset.subset_actors import Backlog, Pack, SubsetFailed
-from raysubset.tasks import Spec
 from raysubset.training import Weights, learning_rate_at, why_not_packed
 from raysubset.work import AggregatePiece, Minimizer, Piece, Run, leave_aggregate, round_spans, seeded_model
 from raysubset.work import pieces as pieces_of_work
@@ -277,28 +275,11 @@ def test_the_ledger_and_the_forecast_have_each_byte_that_rounds_move_and_no_driv
     assert same_bits(start.leg.output.weights(), run_of(config, tmp_path / "local")[0])
 
 
-class Adapter(nn.Module):
-    """A network of 74 kB of which the last layer is trained, 5 kB."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Linear(64, 256).requires_grad_(False)
-        self.register_buffer("scale", torch.linspace(0.5, 1.5, 256))
-        self.head = nn.Linear(256, 10)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.scale * self.backbone(images.flatten(1)).tanh())
-
-
-def adapter(spec: Spec) -> nn.Module:
-    return Adapter()
-
-
 @pytest.mark.parametrize("send", ["float32", "int8"])
 def test_what_no_training_changes_is_moved_once_for_each_process_and_the_weights_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: str
 ) -> None:
-    config = config_of(rounds__send=send, model__name="tests.test_rounds:adapter", model__width=None)
+    config = config_of(rounds__send=send, model__name="tests.adapter:adapter", model__width=None)
     storage, remote = Counted(), RunDirectory("counted://storage", "run")
     remote.__dict__["_filesystem_and_root"] = pafs.PyFileSystem(storage), str(tmp_path / "run")
     rounds, opened = rounds_in(config, remote)
@@ -324,7 +305,7 @@ def test_what_no_training_changes_is_moved_once_for_each_process_and_the_weights
 def test_checkpoints_leave_out_what_no_training_changes_and_resume_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_seed: bool
 ) -> None:
-    config = config_of(minimize__epochs=6.0, model__name="tests.test_rounds:adapter", model__width=None)
+    config = config_of(minimize__epochs=6.0, model__name="tests.adapter:adapter", model__width=None)
     config = config.with_overrides({"minimize.validate_every": 1, "minimize.patience": 5, "rounds.num": 1})
     full_set = cached(*config.learned)
     start = None if of_seed else seeded_model(config, full_set).state_dict()

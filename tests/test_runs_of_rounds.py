@@ -104,7 +104,7 @@ def with_frozen(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, processes: Any
 ) -> tuple[dict[str, Any], Path]:
     """A run of weights that are not trained, and the same run stopped after two of its three rounds."""
-    rounds = {"rounds__num": 3, "rounds__keep_minima": request.param, "model__name": "tests.test_rounds:adapter"}
+    rounds = {"rounds__num": 3, "rounds__keep_minima": request.param, "model__name": "tests.adapter:adapter"}
     folder = tmp_path_factory.mktemp("frozen")
     run(config(folder, "unbroken", **rounds))
     with pytest.raises(Enough):
