@@ -1,6 +1,7 @@
 """Rounds that overlap: what members begin with, against a loop by hand; order, deaths and damage change no bit."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -207,13 +208,24 @@ def test_a_driver_may_die_after_any_piece_and_the_next_does_the_rest_to_the_same
     assert left == {f"{num_rounds - 1:04d}"}
 
 
+@pytest.fixture(scope="module")
+def of_driver_that_died(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, Path]:
+    """Where a run ends, and the folder of runs whose drivers died after six and nine pieces."""
+    folder, config = tmp_path_factory.mktemp("died"), config_of(model__norm="none")
+    whole, _ = run_of(config, folder, "whole")
+    for num in (6, 9):
+        with pytest.raises(KeyboardInterrupt):
+            run_of(config, folder, f"died-{num}", order=of_round_after, num=num)
+    return whole, folder
+
+
 @pytest.mark.parametrize("num", [6, 9])
 @pytest.mark.parametrize("what", ["minimum", "aggregate", "earlier aggregate", "record"])
-def test_what_is_damaged_is_made_again_with_all_that_it_stands_on(tmp_path: Path, what: str, num: int) -> None:
-    config = config_of(model__norm="none")
-    whole, _ = run_of(config, tmp_path, "whole")
-    with pytest.raises(KeyboardInterrupt):
-        run_of(config, tmp_path, order=of_round_after, num=num)
+def test_what_is_damaged_is_made_again_with_all_that_it_stands_on(
+    of_driver_that_died: tuple[Weights, Path], tmp_path: Path, what: str, num: int
+) -> None:
+    whole, folder = of_driver_that_died
+    shutil.copytree(folder / f"died-{num}", tmp_path / "run")
     directory = RunDirectory(str(tmp_path), "run")
     aggregated = [round for round in range(NUM_ROUNDS) if directory.exists(aggregate_path(round))]
     newest = max(aggregated, default=-1)
@@ -224,7 +236,7 @@ def test_what_is_damaged_is_made_again_with_all_that_it_stands_on(tmp_path: Path
         "earlier aggregate": aggregate_weights_path(max(newest - 1, 0)),
     }[what]
     directory.write_bytes(path, b"half")
-    resumed, _ = run_of(config, tmp_path)
+    resumed, _ = run_of(config_of(model__norm="none"), tmp_path)
     assert same_bits(resumed, whole)
 
 
