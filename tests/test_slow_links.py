@@ -37,6 +37,7 @@ def test_every_cell_trains_for_the_same_passes_in_as_many_exchanges_as_its_name_
         "rounds-16",
         "rounds-16-int8",
         "rounds-16-int8-overlap",
+        "rounds-16-int8-b256",
         "rounds-64",
         "rounds-16-overlap",
         "rounds-64-overlap",
