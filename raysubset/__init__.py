@@ -27,11 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Config", "run", "RunReport", "sweep", "SweepReport", "compare", "ComparisonReport", "load_model"]
 
-VERBS = {
-    "run": "pipeline",
-    "sweep": "sweeping",
-    "compare": "comparison",
-}  # rooms by verb; these functions show their progress
+# The folders of the functions that show their progress, as commands do
+VERBS = {"run": "pipeline", "sweep": "sweeping", "compare": "comparison"}
 _HOMES = VERBS | {"RunReport": "pipeline", "SweepReport": "sweeping", "ComparisonReport": "comparison"}
 _HOMES |= {"Config": "config", "load_model": "trained_model"}
 

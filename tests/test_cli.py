@@ -1,4 +1,5 @@
 import errno
+import inspect
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import pytest
 from rich import console
 
 import raysubset
+from raysubset import comparison
 from raysubset.cli import call, run_job
 from raysubset.cli.flags import COMMANDS
 from raysubset.cli.live import shown
@@ -216,7 +218,7 @@ def test_a_jobs_mistake_is_exit_code_2(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.usefixtures("no_node_ahead")
 def test_what_compare_is_given_reaches_it_be_it_nought(monkeypatch: pytest.MonkeyPatch):
-    given = {}
+    given, signature = {}, inspect.signature(comparison.compare)
 
     def compare(config: Config, **options: Any) -> None:
         given.update(options)
@@ -225,7 +227,10 @@ def test_what_compare_is_given_reaches_it_be_it_nought(monkeypatch: pytest.Monke
     monkeypatch.setattr("raysubset.comparison.compare", compare)
     assert call(["compare", "--margin", "0", "--arms", "B", "G"]) == 2
     assert (given["margin"], given["arms"]) == (0.0, ("B", "G"))
-    assert given.keys().isdisjoint({"seeds", "budgets"})
+    assert "budgets" not in given
+    bound = signature.bind(Config(), **given)
+    bound.apply_defaults()
+    assert bound.arguments["seeds"] == 5
 
 
 # User functions

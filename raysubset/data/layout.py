@@ -47,6 +47,7 @@ class Placed:
 
     def with_fields(self, schema: pa.Schema) -> pa.Schema:
         """Add the columns that the file's folders name to its schema, in which vectors are lists."""
+        # Not schema.empty_table(), which cannot make columns of unions
         empty = pa.table([pa.nulls(0, kind) for kind in schema.types], schema=schema)
         return self.with_columns(empty).schema
 

@@ -68,9 +68,10 @@ class LocalCluster:
             return sorted(found, key=lambda p: p.create_time())
         return []
 
-    def submit(self, job: str, storage_path: Path, *flags: str, checkout: Path) -> str:
-        """The log of the job, by `ray job submit`, from its beginning to its end."""
+    def submit(self, job: str, storage_path: Path, *flags: str, wait: bool = True, checkout: Path) -> str:
+        """The log of the job, by `ray job submit`; with wait, from its beginning to its end."""
         command = ["-m", "ray.scripts.scripts", "job", "submit", "--submission-id", job, "--working-dir", "."]
+        command += [] if wait else ["--no-wait"]
         command += ["--runtime-env", "jobs/runtime_env.yaml", "--", "python", "jobs/subset_pretraining.py"]
         code, said = self.run(*command, "--storage-path", str(storage_path), *FLAGS, *flags, checkout=checkout)
         assert code == 0, said
@@ -281,17 +282,30 @@ def test_idle_nodes_go_again(cluster: LocalCluster, finished: Finished) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_death_of_a_node_costs_time_and_changes_no_bit_and_nothing_outlives_the_cluster(
-    cluster: LocalCluster, finished: Finished, tmp_path: Path
+def test_the_death_of_a_node_and_the_end_of_the_cluster_cost_time_and_change_no_bit(
+    cluster: LocalCluster, finished: Finished, checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ended, undisturbed = (RunDirectory(str(tmp_path / name), "run") for name in ("ended", "undisturbed"))
+    flags = ("--fine-tuning.epochs", "0", "--actors.on-step", "tests.slow_steps:listen")
+    slow_steps.slow_down(cluster.env[slow_steps.FOLDER], "subsets", from_step=EPOCH_STEPS)  # until the cluster's end
+    cluster.submit("ended", tmp_path / "ended", *flags, wait=False, checkout=checkout)
+    until = time.monotonic() + 400
+    while not checkpoints(ended):
+        if time.monotonic() > until or cluster.get("/api/jobs/ended")["status"] == "FAILED":
+            pytest.fail(f"the point was not reached in time:\n{cluster.log('ended')}")
+        time.sleep(0.5)  # steps are slow, and the job server takes a while of a CPU to answer
     cluster.end()
-    outcomes = [work.outcome for work in subset_works(finished.run)]
-    assert set(outcomes) == {"lost", "done"}
-    assert outcomes.count("done") == NUM_SUBSETS
+    assert not ended.exists("report.json")
 
     defaults = runpy.run_path(str(ROOT / "jobs" / "subset_pretraining.py"))["CONFIG"]
-    flags = ["--storage-path", str(tmp_path), *FLAGS, "--fine-tuning.epochs", "0"]
-    assert run_job(flags, default=defaults) == 0  # on the session's Ray
-    undisturbed = RunDirectory(str(tmp_path), "run")
-    for path in (*(weights_path(minimum_folder(0, i)) for i in range(NUM_SUBSETS)), aggregate_weights_path(0)):
-        assert same_bits(stored_weights(undisturbed, path), stored_weights(finished.run, path)), path
+    for run in (ended, undisturbed):  # on the session's Ray
+        assert run_job(["--storage-path", run.storage_path, *FLAGS, *flags], default=defaults) == 0
+        assert (f"resuming {run.uri}" in capsys.readouterr().err) == (run is ended)
+    # nodes that Ctrl-C ends may leave their actors the time for a checkpoint
+    for run, cut_off in ((ended, {"lost", "preempted"}), (finished.run, {"lost"})):
+        outcomes = [work.outcome for work in subset_works(run)]
+        assert outcomes.count("done") == NUM_SUBSETS
+        assert (others := {*outcomes} - {"done"})
+        assert others <= cut_off
+        for path in (*(weights_path(minimum_folder(0, i)) for i in range(NUM_SUBSETS)), aggregate_weights_path(0)):
+            assert same_bits(stored_weights(run, path), stored_weights(undisturbed, path)), path
